@@ -1,0 +1,20 @@
+"""Losses by name. A new one is one file here, one line in `LOSSES` and one oracle test.
+
+A loss maps `LossInputs` to (per-token loss [n], metrics): unreduced, 0 on masked positions; metrics are means over the
+unmasked tokens of these inputs.
+"""
+
+from gft_megatron.losses.dft import dft
+from gft_megatron.losses.gft import gft
+from gft_megatron.losses.grpo import grpo
+from gft_megatron.losses.inputs import LossFn, LossInputs, required_inputs
+from gft_megatron.losses.sft import sft
+
+LOSSES: dict[str, LossFn] = {
+    "gft": gft,
+    "dft": dft,
+    "sft": sft,
+    "grpo": grpo,
+}
+
+__all__ = ["LOSSES", "LossFn", "LossInputs", "required_inputs"]
