@@ -1,0 +1,95 @@
+"""The command line and the configuration file: both become a `RunConfig`, or one line that says what is wrong.
+
+`--config FILE` reads a YAML file of `name: value` lines first (as `save_config` writes it); flags override it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+
+from gft_megatron.config import RunConfig, flag_of
+
+
+def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
+    """Read the command line.
+
+    Raises:
+        ValueError: in one line, what was wrong with which flag.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    file_values, argv = _read_config_file(argv)
+    # A file's values become flags in front of the real ones, so that both meet the same checks.
+    argv = [*_as_flags(file_values), *argv]
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(RunConfig, args=argv, config=(tyro.conf.OmitArgPrefixes,), description="Group Fine-Tuning on Megatron-Core.")
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise
+        raise ValueError(_first_sentence(complaint.getvalue())) from None
+
+
+def _read_config_file(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    if "--config" not in argv:
+        return {}, argv
+    at = argv.index("--config")
+    if at + 1 == len(argv):
+        raise ValueError("--config needs a file name")
+    path = Path(argv[at + 1])
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path}: expected `name: value` lines, got {type(values).__name__}")
+    return values, argv[:at] + argv[at + 2 :]
+
+
+def _as_flags(values: dict[str, Any]) -> list[str]:
+    flags: list[str] = []
+    for name, value in values.items():
+        flag = flag_of(str(name))
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            flags.append(flag if value else "--no-" + flag[2:])
+        elif isinstance(value, list):
+            flags += [flag, *map(str, value)]
+        else:
+            flags += [flag, str(value)]
+    return flags
+
+
+def _first_sentence(boxed: str) -> str:
+    """tyro explains an error in a box, first what is wrong, then a rule, then help: keep what is wrong."""
+    words: list[str] = []
+    for line in boxed.splitlines():
+        text = line.strip("\u2502 ").strip()
+        if text.startswith(("\u256d", "\u2570")):
+            continue
+        if text.startswith("\u2500"):
+            break
+        words += text.split()
+    return " ".join(words).removeprefix("Error parsing RunConfig: ")
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved settings as a file that --config reads."""
+    flat = {
+        key: list(value) if isinstance(value, tuple) else value
+        for section in dataclasses.asdict(config).values()
+        for key, value in section.items()
+    }
+    path.write_text(yaml.safe_dump(flat, sort_keys=False))
