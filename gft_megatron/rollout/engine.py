@@ -1,0 +1,110 @@
+"""The rollout engine interface: what the collector may ask of whatever generates the model's own samples.
+
+Made for remote servers, and kept by the in-process engine too: one request a sample, everything awaitable, every
+failure a typed error. A partial or failed generation is an exception, never a `Completion`, so that it cannot become
+a training sample by accident.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar, Literal
+
+import numpy as np
+from torch import Tensor
+
+from gft_megatron.groups import WeightSpan
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one response is drawn."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    """0 means greedy."""
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One sample to draw. `request_id` is unique and of fixed length: SGLang aborts by prefix (scheduler, `startswith`)."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    """The end-of-sequence token was drawn; it is the last of `Completion.token_ids`."""
+    LENGTH = "length"
+    """`max_new_tokens` were drawn without it: the response is truncated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole response."""
+
+    request_id: str
+    token_ids: np.ndarray  # [response length] int64, the end-of-sequence token included
+    log_probs: np.ndarray  # [response length] float32, of softmax(logits / temperature), before any top-p cut
+    finish_reason: FinishReason
+    weight_spans: tuple[WeightSpan, ...]  # cover [0, response length)
+
+
+class RolloutError(Exception):
+    """A request that gave no whole response."""
+
+    def __init__(self, request_id: str, message: str) -> None:
+        super().__init__(f"request {request_id}: {message}")
+        self.request_id = request_id
+
+
+class RequestAborted(RolloutError):
+    """Cancelled by `abort`."""
+
+
+class RequestRefused(RolloutError):
+    """The request itself is wrong (a token outside the vocabulary, a prompt longer than the context): do not retry."""
+
+
+class EngineFailed(RolloutError):
+    """The engine broke while it served the request: another try, elsewhere, may succeed."""
+
+
+class RolloutEngine(ABC):
+    """Generates samples with the newest weights it was given."""
+
+    scope: ClassVar[Literal["rank", "replica"]]
+    """"rank": every training rank runs its own engine and collects its own share of the prompts (the embedded one).
+    "replica": one engine client for each data-parallel replica, on its first rank (remote servers)."""
+
+    weight_version: int
+    """Version of the weights that the next token is sampled with; -1 before the first `update_weights`."""
+
+    @abstractmethod
+    async def generate(self, request: GenerateRequest) -> Completion:
+        """Draw one response. Many calls may be awaited together; the engine batches them.
+
+        Raises:
+            RolloutError: no whole response came of it; the subclass says why.
+        """
+
+    @abstractmethod
+    async def abort(self, request_ids: Iterable[str] | None = None) -> None:
+        """Cancel these requests (None: all). Their `generate` calls raise RequestAborted."""
+
+    @abstractmethod
+    async def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take new weights under their Hugging Face names, every tensor whole. No request may be in flight.
+
+        The iterable may be a collective (each item gathers from other ranks): it is always consumed to its end.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Abort everything and free what the engine holds."""
