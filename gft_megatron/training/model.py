@@ -1,0 +1,184 @@
+"""Build the Megatron-Core model of a Hugging Face configuration: one chunk for each (virtual) pipeline stage."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+
+from gft_megatron.config import ModelConfig, ParallelConfig
+from gft_megatron.convert.model_shape import ModelShape
+from gft_megatron.training.spec import block_spec
+
+_SECTIONS = {
+    "transformer": TransformerConfig,
+    "optimizer": OptimizerConfig,
+    "ddp": DistributedDataParallelConfig,
+}
+
+
+def megatron_fields(assignments: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Parse --megatron SECTION.FIELD=VALUE (values as in YAML) into keyword arguments of Megatron's own configs.
+
+    Raises:
+        ValueError: a section or a field that this megatron-core does not have.
+    """
+    fields: dict[str, dict[str, Any]] = {section: {} for section in _SECTIONS}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        section, dot, field = name.partition(".")
+        if not equals or not dot or section not in _SECTIONS:
+            raise ValueError(f"--megatron {assignment}: expected SECTION.FIELD=VALUE with sections {list(_SECTIONS)}")
+        if field not in {f.name for f in dataclasses.fields(_SECTIONS[section])}:
+            raise ValueError(f"--megatron {assignment}: {_SECTIONS[section].__name__} has no field {field!r}")
+        fields[section][field] = yaml.safe_load(value)
+    return fields
+
+
+def transformer_config(
+    shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, overrides: dict[str, Any]
+) -> TransformerConfig:
+    """Megatron's configuration of this model under this layout.
+
+    Raises:
+        ValueError: the layout does not divide the model.
+    """
+    _require_divisible(shape, parallel)
+    dtype = torch.bfloat16 if model.bf16 else torch.float32
+    on_gpu = torch.cuda.is_available()
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    settings: dict[str, Any] = {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.kv_channels,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "layernorm_epsilon": shape.layernorm_epsilon,
+        "add_qkv_bias": shape.add_qkv_bias,
+        "qk_layernorm": shape.qk_layernorm,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": shape.initializer_range,
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": model.bf16,
+        "use_cpu_initialization": not on_gpu,
+        # Even where weights are loaded next: initialisation is what marks parameters as tensor-parallel
+        # (tensor_parallel/layers.py), and without the mark the gradient norm counts one rank's shards only.
+        "perform_initialization": True,
+        # Needs Apex's fused weight-gradient kernel.
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        # Divide by the global number of tokens, not by micro-batches: see losses/reduce.py.
+        "calculate_per_token_loss": True,
+        # schedules.py frees a stage's output once it is sent; the interleaved schedule does so while gloo still reads
+        # it, and the next stage then trains on garbage without an error.
+        "deallocate_pipeline_outputs": not interleaved,
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+    }
+    try:
+        return TransformerConfig(**{**settings, **overrides})
+    except (ValueError, AssertionError, TypeError) as error:
+        raise ValueError(f"Megatron's TransformerConfig refuses these settings: {error}") from error
+
+
+def _require_divisible(shape: ModelShape, parallel: ParallelConfig) -> None:
+    tensor = parallel.tensor_model_parallel_size
+    for what, count in (
+        ("attention heads", shape.num_attention_heads),
+        ("key-value heads", shape.num_query_groups),
+        ("MLP columns", shape.ffn_hidden_size),
+    ):
+        if count % tensor:
+            raise ValueError(f"--tensor-model-parallel-size {tensor} does not divide the model's {count} {what}")
+    stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
+    if shape.num_layers % stages:
+        raise ValueError(
+            f"the model's {shape.num_layers} layers cannot be divided over {stages} pipeline stages "
+            f"(--pipeline-model-parallel-size x --virtual-pipeline-model-parallel-size)"
+        )
+
+
+def padded_vocab_size(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Rows of the embedding over all tensor-parallel ranks."""
+    multiple = model.make_vocab_size_divisible_by * parallel.tensor_model_parallel_size
+    return -(-shape.vocab_size // multiple) * multiple
+
+
+def build_chunks(
+    shape: ModelShape, config: TransformerConfig, *, vocab_size: int, max_sequence_length: int, device: torch.device
+) -> list[torch.nn.Module]:
+    """The model chunks of this rank, in the order of virtual stages; wrapped in Float16Module for bf16.
+
+    Args:
+        vocab_size: padded size, see `padded_vocab_size`.
+    """
+    num_chunks = config.virtual_pipeline_model_parallel_size
+    chunks: list[torch.nn.Module] = []
+    for index in range(num_chunks or 1):
+        vp_stage = index if num_chunks else None
+        chunk: torch.nn.Module = GPTModel(
+            config=config,
+            transformer_layer_spec=block_spec(config, vp_stage=vp_stage),
+            vocab_size=vocab_size,
+            max_sequence_length=max_sequence_length,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            parallel_output=True,
+            share_embeddings_and_output_weights=shape.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=shape.rotary_base,
+            rope_scaling=shape.rope_scaling_factor is not None,
+            rope_scaling_factor=shape.rope_scaling_factor or 1.0,
+            vp_stage=vp_stage,
+        ).to(device)
+        chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
+    return chunks
+
+
+def wrap_in_ddp(
+    chunks: list[torch.nn.Module], config: TransformerConfig, parallel: ParallelConfig, overrides: dict[str, Any]
+) -> list[DistributedDataParallel]:
+    """Megatron's data parallelism around each chunk: gradient buffers in fp32, reduced once a step."""
+    settings: dict[str, Any] = {
+        "grad_reduce_in_fp32": True,
+        "overlap_grad_reduce": parallel.overlap_grad_reduce,
+        "overlap_param_gather": parallel.overlap_param_gather,
+        "use_distributed_optimizer": parallel.use_distributed_optimizer,
+        "check_for_nan_in_grad": True,
+    }
+    ddp_config = DistributedDataParallelConfig(**{**settings, **overrides})
+    # Later chunks are reduced while earlier ones still run backward, so only the first has anything to overlap with.
+    wrapped = [DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
+    if parallel.overlap_grad_reduce:
+        no_syncs = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
+    return wrapped
+
+
+def unwrapped(chunk: torch.nn.Module) -> GPTModel:
+    """The GPTModel inside DDP and Float16Module."""
+    while not isinstance(chunk, GPTModel):
+        chunk = chunk.module
+    return chunk

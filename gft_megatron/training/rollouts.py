@@ -1,0 +1,181 @@
+"""One rollout on all ranks: draw prompts, collect groups where there is an engine, gather them everywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from gft_megatron.data.order import PromptOrder
+from gft_megatron.data.store import PromptStore
+from gft_megatron.groups import Batch, Group, Source
+from gft_megatron.rollout.collect import CollectCounts, Collector, GroupRecipe
+from gft_megatron.rollout.engine import SamplingParams
+from gft_megatron.training.exchange import gather_batch, max_over_ranks, sum_over_ranks
+from gft_megatron.training.parallel import is_replica_leader
+
+_EMPTY_ROUNDS = 10
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The groups of one rollout, equal on every rank but for `own_groups`."""
+
+    trained: Batch
+    """What the optimizer steps divide between them."""
+    collected: Batch
+    """All of it, groups without variance included."""
+    counts: CollectCounts
+    own_groups: list[Group]
+    """What this rank collected itself: for showing samples."""
+
+
+class RolloutWorkers:
+    """The collectors of all ranks. Every method is a collective over the world."""
+
+    def __init__(self, collector: Collector | None, scope: str) -> None:
+        """
+        Args:
+            collector: of this rank; None where it has no engine.
+            scope: `RolloutEngine.scope`: on which ranks the engines are.
+        """
+        self._collector = collector
+        self._runner = asyncio.Runner()
+        if scope == "rank":
+            self._index, self._size = dist.get_rank(), dist.get_world_size()
+        else:
+            self._size = parallel_state.get_data_parallel_world_size()
+            self._index = parallel_state.get_data_parallel_rank() if is_replica_leader() else -1
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Hand the weights to every engine. Gathering them takes all ranks, with an engine or without."""
+        if self._collector is None:
+            for _ in named_tensors:
+                pass
+        elif self._collector.engine.weight_version != version:
+            self._runner.run(self._collector.engine.update_weights(named_tensors, version))
+
+    def collect(
+        self,
+        store: PromptStore,
+        order: PromptOrder,
+        recipe: GroupRecipe,
+        *,
+        num_groups: int,
+        skip_zero_variance: bool,
+        refill: bool,
+        rollout_id: int,
+    ) -> Rollout:
+        """Draw `num_groups` prompts and make their groups.
+
+        Args:
+            skip_zero_variance: leave out groups whose advantages are all 0.
+            refill: draw more prompts until `num_groups` groups are left.
+
+        Raises:
+            ValueError: round after round no group was left to train on.
+        """
+        collected = Batch.from_groups([], [], [])
+        counts = CollectCounts()
+        own_groups: list[Group] = []
+        drawn = 0
+        for _ in range(_EMPTY_ROUNDS):
+            trained = with_variance(collected) if skip_zero_variance else collected
+            kept = trained.num_groups
+            if kept >= (num_groups if refill else 1):
+                return Rollout(trained, collected, counts, own_groups)
+            rows = order.take(num_groups - kept if refill else num_groups)
+            groups, batch, round_counts = self._collect_share(store, rows, recipe, first_id=drawn, rollout_id=rollout_id)
+            drawn += len(rows)
+            collected = Batch.cat([collected, batch])
+            counts.add(round_counts)
+            own_groups += groups
+        raise ValueError(
+            f"{drawn} prompts in a row gave {kept} groups to train on: {collected.num_groups - kept} had equal rewards, "
+            f"{counts.dropped_groups} lost their samples. Check --rm-type against the data, or start from a model that "
+            f"solves some of the prompts"
+        )
+
+    def _collect_share(
+        self, store: PromptStore, rows: list[int], recipe: GroupRecipe, *, first_id: int, rollout_id: int
+    ) -> tuple[list[Group], Batch, CollectCounts]:
+        groups: list[Group] = []
+        mine = Batch.from_groups([], [], [])
+        counts = CollectCounts()
+        if self._collector is not None:
+            share = range(self._index, len(rows), self._size)
+            prompts = [store[rows[i]] for i in share]
+            groups, mine, counts = self._runner.run(
+                self._collector.collect(prompts, [first_id + i for i in share], recipe, rollout_id=rollout_id)
+            )
+        *sums, generate_sec, reward_sec = astuple(counts)
+        total = CollectCounts(*map(int, sum_over_ranks(sums)), *max_over_ranks([generate_sec, reward_sec]))
+        return groups, gather_batch(mine), total
+
+    def evaluate(self, store: PromptStore, sampling: SamplingParams, *, num_samples: int, name: str) -> dict[str, float]:
+        """avg@k and pass@k (any reward above 0) over all held-out prompts, k = num_samples."""
+        totals = torch.zeros(6, dtype=torch.float64)
+        if self._collector is not None:
+            share = range(self._index, len(store), self._size)
+            prompts = [store[i] for i in share]
+            for samples in self._runner.run(self._collector.sample(prompts, num_samples, sampling, name=name)):
+                rewards = [sample.reward for sample in samples]
+                lengths = [len(sample.token_ids) for sample in samples]
+                truncated = [sample.truncated for sample in samples]
+                solved = any(reward > 0 for reward in rewards)
+                totals += torch.tensor(
+                    [1, solved, len(samples), sum(rewards), sum(lengths), sum(truncated)], dtype=torch.float64
+                )
+        num_prompts, solved, samples, rewards, lengths, truncated = sum_over_ranks(totals.tolist())
+        failed = num_prompts * num_samples - samples
+        return {
+            f"eval/accuracy_avg@{num_samples}": rewards / max(samples, 1),
+            f"eval/accuracy_pass@{num_samples}": solved / max(num_prompts, 1),
+            "eval/response_length_mean": lengths / max(samples, 1),
+            "eval/truncated_frac": truncated / max(samples, 1),
+            "eval/failed_samples": failed,
+            "eval/num_prompts": num_prompts,
+        }
+
+    def close(self) -> None:
+        if self._collector is not None:
+            self._runner.run(self._collector.engine.close())
+            self._runner.run(self._collector.reward.close())
+        self._runner.close()
+
+
+def with_variance(batch: Batch) -> Batch:
+    """The groups in which some advantage is not 0."""
+    informative = batch.group_ids[batch.advantages != 0].unique()
+    return batch.select(torch.isin(batch.group_ids, informative).nonzero()[:, 0].tolist())
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, float]:
+    """Rewards and lengths by source, and what was skipped, dropped or refilled."""
+    batch, counts = rollout.collected, rollout.counts
+    metrics = {
+        "zero_std_frac": 1 - with_variance(batch).num_groups / max(batch.num_groups, 1),
+        "groups_skipped": float(batch.num_groups - rollout.trained.num_groups),
+        "groups_dropped": float(counts.dropped_groups),
+        "refilled_samples": float(counts.refilled_samples),
+        "failed_samples": float(counts.failed_samples),
+        "reward_errors": float(counts.reward_errors),
+        "num_samples": float(batch.num_samples),
+    }
+    lengths = (batch.lengths - batch.prompt_lengths).double()
+    for source in Source:
+        of = batch.sources == source
+        if of.any():
+            metrics[f"response_length_mean_{source.name.lower()}"] = float(lengths[of].mean())
+            metrics[f"reward_mean_{source.name.lower()}"] = float(batch.rewards[of].double().mean())
+    own = batch.sources == Source.SELF
+    if own.any():
+        metrics["truncated_frac"] = float(batch.truncated[own].double().mean())
+    metrics["reward_mean"] = float(batch.rewards.double().mean()) if batch.num_samples else math.nan
+    return {f"rollout/{name}": value for name, value in metrics.items() if not math.isnan(value)}

@@ -1,0 +1,283 @@
+"""Build what a run is made of, in the order in which mistakes are cheapest: flags, files, data, model, checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from gft_megatron.command_line import save_config
+from gft_megatron.config import RunConfig
+from gft_megatron.convert.hf_folder import HfFolder
+from gft_megatron.convert.model_shape import ModelShape
+from gft_megatron.data.order import PromptOrder
+from gft_megatron.data.prompts import PromptStoreInfo, prepare_prompts
+from gft_megatron.data.store import PromptStore
+from gft_megatron.losses import LOSSES, required_inputs
+from gft_megatron.observe.console import Console, build_console
+from gft_megatron.observe.metrics import MetricsLog, Timings
+from gft_megatron.observe.trackers import Tracker, build_trackers
+from gft_megatron.rewards import build_reward
+from gft_megatron.rollout.collect import Collector, GroupRecipe
+from gft_megatron.rollout.engine import SamplingParams
+from gft_megatron.rollout.local import LocalEngine
+from gft_megatron.training.checkpoint import find_checkpoint, load_checkpoint
+from gft_megatron.training.exchange import on_rank_zero
+from gft_megatron.training.model import (
+    build_chunks,
+    megatron_fields,
+    padded_vocab_size,
+    transformer_config,
+    wrap_in_ddp,
+)
+from gft_megatron.training.optimizer import build_optimizer, build_scheduler
+from gft_megatron.training.parallel import initialize
+from gft_megatron.training.rollouts import RolloutWorkers
+from gft_megatron.training.step import Objective
+from gft_megatron.training.weights import load_hf_weights
+
+
+@dataclass
+class Run:
+    """Everything that lives as long as the run."""
+
+    device: torch.device
+    hf_folder: HfFolder
+    tokenizer: PreTrainedTokenizerBase
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    objective: Objective
+    recipe: GroupRecipe
+    workers: RolloutWorkers
+    train_prompts: PromptStore
+    eval_prompts: PromptStore | None
+    order: PromptOrder
+    timings: Timings
+    console: Console
+    metrics_log: MetricsLog | None
+    """None but on rank 0, as `trackers` is empty but there."""
+    trackers: list[Tracker]
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.hf_folder.shape
+
+    @property
+    def required_inputs(self) -> frozenset[str]:
+        return required_inputs(self.objective.loss)
+
+    def close(self) -> None:
+        self.workers.close()
+        self.console.close()
+        for tracker in self.trackers:
+            tracker.close()
+        if self.metrics_log is not None:
+            self.metrics_log.close()
+
+
+def build_run(config: RunConfig) -> tuple[Run, dict[str, Any] | None]:
+    """Join the ranks, read the data, build and fill the model. The second value is the state to resume from, if any.
+
+    Raises:
+        ValueError, CheckpointError: in one line, what is wrong with which flag, file or row.
+    """
+    overrides = megatron_fields(config.model.megatron)
+    hf_folder = HfFolder(config.model.hf_checkpoint)
+    hf_folder.shape.check_tensor_parallel_size(config.parallel.tensor_model_parallel_size)
+    if not config.model.random_init:
+        hf_folder.check_weights()
+    tokenizer = _load_tokenizer(hf_folder, config.data.seq_length)
+    device = initialize(config.parallel, config.optimizer.seed)
+    is_main = dist.get_rank() == 0
+    run_dir = Path(config.output.run_dir)
+    console = build_console(train_iters=config.optimizer.train_iters, log_every=config.output.log_interval, quiet=not is_main)
+    try:
+        return _build_run(config, overrides, hf_folder, tokenizer, device, console, run_dir)
+    except BaseException:
+        console.close()
+        raise
+
+
+def _build_run(
+    config: RunConfig,
+    overrides: dict[str, dict[str, Any]],
+    hf_folder: HfFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    console: Console,
+    run_dir: Path,
+) -> tuple[Run, dict[str, Any] | None]:
+    shape = hf_folder.shape
+    checkpoint, warning = on_rank_zero(lambda: _find_start(config, run_dir))
+    if warning:
+        console.warning(warning)
+    train_prompts = _prompts(config, config.data.prompt_data, "train", tokenizer, shape, run_dir, console)
+    eval_prompts = None
+    if config.data.eval_prompt_data:
+        eval_prompts = _prompts(config, config.data.eval_prompt_data, "eval", tokenizer, shape, run_dir, console)
+
+    vocab_size = padded_vocab_size(shape, config.model, config.parallel)
+    megatron_config = transformer_config(shape, config.model, config.parallel, overrides["transformer"])
+    chunks = build_chunks(
+        shape, megatron_config, vocab_size=vocab_size, max_sequence_length=config.data.seq_length, device=device
+    )
+    if not config.model.random_init and checkpoint is None:
+        console.info(f"loading {hf_folder.path}")
+        load_hf_weights(chunks, hf_folder, padded_vocab_size=vocab_size)
+    wrapped = wrap_in_ddp(chunks, megatron_config, config.parallel, overrides["ddp"])
+    # Read by Megatron's schedules for logging only; the number of micro-batches is given to each call.
+    init_num_microbatches_calculator(dist.get_rank(), None, 1, 1, 1)
+    optimizer = build_optimizer(
+        wrapped, config.optimizer, config.parallel, bf16=config.model.bf16, overrides=overrides["optimizer"]
+    )
+    scheduler = build_scheduler(optimizer, config.optimizer)
+    order = PromptOrder(len(train_prompts), config.optimizer.seed, fingerprint=train_prompts.fingerprint)
+    saved = None
+    if checkpoint is not None:
+        console.info(f"resuming from {checkpoint}")
+        saved, warnings = load_checkpoint(checkpoint, wrapped, optimizer, scheduler)
+        for text in warnings:
+            console.warning(text)
+        order.load_state_dict(saved["order"])
+
+    recipe = _recipe(config)
+    is_main = dist.get_rank() == 0
+    step = saved["progress"]["iteration"] if saved else 0
+    run = Run(
+        device=device,
+        hf_folder=hf_folder,
+        tokenizer=tokenizer,
+        chunks=wrapped,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        objective=Objective(
+            loss=LOSSES[config.loss.loss],
+            hyper=config.loss_hyper,
+            temperature=config.rollout.rollout_temperature,
+            vocab_size=shape.vocab_size,
+        ),
+        recipe=recipe,
+        workers=_workers(config, recipe, hf_folder, tokenizer, device, eval_prompts is not None),
+        train_prompts=train_prompts,
+        eval_prompts=eval_prompts,
+        order=order,
+        timings=Timings(),
+        console=console,
+        metrics_log=MetricsLog(run_dir / "metrics.jsonl", resume_step=step) if is_main else None,
+        trackers=build_trackers(config.output.trackers, run_dir, resume_step=step) if is_main else [],
+    )
+    return run, saved
+
+
+def _find_start(config: RunConfig, run_dir: Path) -> tuple[Path | None, str | None]:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save_config(config, run_dir / "config.yaml")
+    found = find_checkpoint(config.checkpoint_dir)
+    if found[0] is None and config.output.load is not None:
+        found = find_checkpoint(Path(config.output.load))
+        if found[0] is None:
+            raise ValueError(f"--load {config.output.load}: there is no checkpoint")
+    return found
+
+
+def _load_tokenizer(hf_folder: HfFolder, seq_length: int) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(hf_folder.path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--hf-checkpoint {hf_folder.path}: no tokenizer: {' '.join(str(error).split())[:200]}") from None
+    if len(tokenizer) > hf_folder.shape.vocab_size:
+        raise ValueError(
+            f"--hf-checkpoint {hf_folder.path}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only "
+            f"{hf_folder.shape.vocab_size}"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"--hf-checkpoint {hf_folder.path}: the tokenizer has no end-of-sequence token")
+    if seq_length > hf_folder.shape.max_position_embeddings:
+        raise ValueError(
+            f"--seq-length {seq_length} exceeds the model's {hf_folder.shape.max_position_embeddings} positions"
+        )
+    return tokenizer
+
+
+def _prompts(
+    config: RunConfig,
+    files: tuple[str, ...],
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    shape: ModelShape,
+    run_dir: Path,
+    console: Console,
+) -> PromptStore:
+    store = run_dir / f"{name}_prompts.arrow"
+
+    def prepare() -> PromptStoreInfo:
+        with console.stage(f"reading {name} data", unit="rows") as advance:
+            return prepare_prompts(
+                files,
+                tokenizer,
+                store_path=store,
+                quarantine_path=run_dir / f"{name}_quarantine.jsonl",
+                max_prompt_length=config.max_prompt_length,
+                max_response_length=config.rollout.rollout_max_response_len,
+                vocab_size=shape.vocab_size,
+                max_bad_row_frac=config.data.max_bad_row_frac,
+                progress=advance,
+            )
+
+    info = on_rank_zero(prepare)
+    console.info(
+        f"{name} data: {info.num_rows} prompts with {info.num_expert} expert and {info.num_teacher} teacher responses, "
+        f"{info.num_bad_rows} bad rows"
+        + (f" (see {info.quarantine_path})" if info.num_bad_rows else "")
+    )
+    return PromptStore(store)
+
+
+def _recipe(config: RunConfig) -> GroupRecipe:
+    rollout = config.rollout
+    return GroupRecipe(
+        n_expert=rollout.n_expert,
+        n_teacher=rollout.n_teacher,
+        n_self=rollout.n_self,
+        sampling=SamplingParams(rollout.rollout_max_response_len, rollout.rollout_temperature, rollout.rollout_top_p),
+        needs_advantages="advantages" in required_inputs(LOSSES[config.loss.loss]),
+        advantage_normalization=rollout.advantage_normalization,
+    )
+
+
+def _workers(
+    config: RunConfig,
+    recipe: GroupRecipe,
+    hf_folder: HfFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    evaluates: bool,
+) -> RolloutWorkers:
+    eos_token_ids = frozenset({tokenizer.eos_token_id})
+    engine = LocalEngine(
+        hf_folder.path,
+        eos_token_ids=eos_token_ids,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        max_batch_size=config.rollout.max_concurrent_samples,
+        dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
+        device=device,
+        seed=config.optimizer.seed,
+    )
+    collector = Collector(
+        engine=engine,
+        reward=build_reward(config.rollout.rm_type),
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        eos_token_ids=eos_token_ids,
+        seed=config.optimizer.seed,
+        max_concurrent_samples=config.rollout.max_concurrent_samples,
+    )
+    return RolloutWorkers(collector, engine.scope)

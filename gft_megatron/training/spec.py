@@ -1,0 +1,180 @@
+"""Transformer layers for Megatron-Core without Transformer Engine; Transformer Engine's own where it is installed.
+
+megatron-core's local spec (models/gpt/gpt_layer_specs.py) stops short of what training needs: its norm refuses
+sequence parallelism (transformer/torch_norm.py) and its attention refuses packed sequences and context parallelism
+(transformer/dot_product_attention.py). The two classes here do all three with torch alone, on CPU and GPU.
+
+Legend: t packed tokens of this rank, h query heads, g key-value heads, d head width, c context-parallel size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import groupby, pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_decoder_block_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+
+def block_spec(config: TransformerConfig, *, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Layers of this pipeline stage (or virtual stage) and the final norm."""
+    if HAVE_TE:
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[_layer_spec(config)] * num_layers, layer_norm=RMSNorm)
+
+
+def _layer_spec(config: TransformerConfig) -> ModuleSpec:
+    head_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=SdpaAttention,
+        linear_proj=RowParallelLinear,
+        q_layernorm=head_norm,
+        k_layernorm=head_norm,
+    )
+    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(module=MLP, submodules=mlp),
+            mlp_bda=get_bias_dropout_add,
+            # Transformer Engine's names in the distributed checkpoint, so that either spec can load it.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Under sequence parallelism each rank norms its own tokens, so the weight's gradient is a partial sum: marking it
+    lets distributed/finalize_model_grads.py add the parts up over the tensor-parallel group."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+class SdpaAttention(MegatronModule):
+    """Causal attention by torch's scaled_dot_product_attention: grouped queries, packed sequences, context parallelism.
+
+    Under context parallelism each sequence is cut into 2c chunks and rank r holds chunks r and 2c-1-r, as Transformer
+    Engine and rope_utils.py have it. Keys and values of all ranks are gathered (their gradient is reduce-scattered), so
+    memory for them is that of the whole sequence.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        if config.attention_dropout:
+            raise ValueError(
+                f"attention_dropout is {config.attention_dropout}; without Transformer Engine it has to be 0"
+            )
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.cp_group = pg_collection.cp
+
+    def forward(
+        self,
+        query: Tensor,  # packed [t, h, d], else [s, b, h, d]
+        key: Tensor,  # packed [t, g, d], else [s, b, g, d]
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:  # packed [t, 1, h*d], else [s, b, h*d]
+        if packed_seq_params is not None:
+            context = self._attend(query, key, value, packed_seq_params.cu_seqlens_q.tolist())
+            return context.flatten(1).unsqueeze(1)
+        seq_length, batch_size = query.shape[:2]
+        full_length = seq_length * self.cp_group.size()
+        packed = [x.transpose(0, 1).flatten(0, 1) for x in (query, key, value)]  # [b*s, ., d]
+        context = self._attend(*packed, [full_length * i for i in range(batch_size + 1)])
+        return context.view(batch_size, seq_length, -1).transpose(0, 1).contiguous()
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: list[int]) -> Tensor:  # [t, h, d]
+        c, rank = self.cp_group.size(), self.cp_group.rank()
+        if c > 1:
+            gathered = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=self.cp_group)
+            key, value = gathered.unflatten(0, (c, -1)).chunk(2, dim=-1)  # [c, t, g, d]
+        outputs = []
+        for start, length, count in equal_runs(cu_seqlens):
+            part = slice(start // c, (start + length * count) // c)
+            q = query[part].unflatten(0, (count, -1)).transpose(1, 2)  # [count, h, length / c, d]
+            if c == 1:
+                k, v = (x[part].unflatten(0, (count, -1)).transpose(1, 2) for x in (key, value))
+                context = self._sdpa(q, k, v)
+            else:
+                k, v = (_in_sequence_order(x[:, part], count) for x in (key, value))  # [count, g, length, d]
+                chunk = length // (2 * c)
+                context = torch.cat(
+                    [
+                        self._sdpa(part_of_q, k, v, first=index * chunk)
+                        for part_of_q, index in zip(q.chunk(2, dim=2), (rank, 2 * c - 1 - rank), strict=True)
+                    ],
+                    dim=2,
+                )
+            outputs.append(context.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outputs)
+
+    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, first: int = 0) -> Tensor:
+        """Queries at positions first, first + 1, ... attend to the keys at and before them."""
+        last = first + q.shape[2]
+        mask = None
+        if first:
+            mask = torch.ones(q.shape[2], last, dtype=torch.bool, device=q.device).tril(first)
+        return F.scaled_dot_product_attention(
+            q, k[:, :, :last], v[:, :, :last], attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale,
+            enable_gqa=True,
+        )  # fmt: skip
+
+
+def equal_runs(cu_seqlens: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(start, length, count) of neighbouring sequences of equal length, which one attention call can batch."""
+    start = 0
+    for length, run in groupby(end - begin for begin, end in pairwise(cu_seqlens)):
+        count = sum(1 for _ in run)
+        if length:
+            yield start, length, count
+        start += length * count
+
+
+def _in_sequence_order(x: Tensor, count: int) -> Tensor:  # [c, count * length/c, g, d] -> [count, g, length, d]
+    c = x.shape[0]
+    halves = x.unflatten(1, (count, 2, -1))  # [c, count, 2, length/2c, g, d]
+    chunks = torch.cat([halves[:, :, 0], halves[:, :, 1].flip(0)])  # [2c, count, length/2c, g, d]
+    return chunks.permute(1, 3, 0, 2, 4).flatten(2, 3)
