@@ -1,0 +1,92 @@
+"""Load Hugging Face folders into Megatron under one layout, compute logits, export again; started by torchrun.
+
+    torchrun --nproc-per-node 2 convert_logits_worker.py --folders DIR DIR --out DIR --tp 2 --pp 1
+
+Reads DIR/tokens.pt of each folder; writes OUT/<folder name>/logits.pt and the exported folder OUT/<folder name>/hf.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gft_megatron.training import cpu
+
+cpu.install()
+
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+from gft_megatron.config import ModelConfig, ParallelConfig
+from gft_megatron.convert import HfFolder
+from gft_megatron.training import model as models
+from gft_megatron.training.parallel import lay_out, seed_ranks
+from gft_megatron.training.weights import export_hf_folder, load_hf_weights
+
+
+def logits_of(chunks: list[nn.Module], tokens: Tensor) -> Tensor | None:  # [b, s] -> [b, s, padded vocabulary]
+    """One forward pass through all stages; None but on the last."""
+
+    def forward_step(_, model: nn.Module) -> tuple:
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        return model(tokens, positions, None), whole
+
+    def whole(logits: Tensor, non_loss_data: bool) -> Tensor:
+        return gather_from_tensor_model_parallel_region(logits)
+
+    collected = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[None] * len(chunks) if len(chunks) > 1 else None,
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=1,
+        seq_length=tokens.shape[1],
+        micro_batch_size=tokens.shape[0],
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    return collected[0] if collected else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folders", nargs="+", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tp", type=int, required=True)
+    parser.add_argument("--pp", type=int, required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    parallel = ParallelConfig(tensor_model_parallel_size=arguments.tp, pipeline_model_parallel_size=arguments.pp)
+    lay_out(parallel)
+    seed_ranks(1)
+    for path in arguments.folders:
+        folder = HfFolder(path)
+        settings = ModelConfig(hf_checkpoint=str(path), make_vocab_size_divisible_by=64)
+        config = models.transformer_config(folder.shape, settings, parallel, {})
+        vocab_size = models.padded_vocab_size(folder.shape, settings, parallel)
+        tokens = torch.load(path / "tokens.pt", weights_only=True)
+        chunks = models.build_chunks(
+            folder.shape, config, vocab_size=vocab_size, max_sequence_length=256, device=torch.device("cpu")
+        )
+        load_hf_weights(chunks, folder, padded_vocab_size=vocab_size)
+        out = arguments.out / path.name
+        logits = logits_of(chunks, tokens)
+        if logits is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
+            out.mkdir()
+            torch.save(logits, out / "logits.pt")
+        dist.barrier()
+        export_hf_folder(chunks, folder, out / "hf")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The same batch of packed, ragged groups gives the same loss, gradients and further losses under every layout.
+
+One rank is compared with a float64 computation by transformers, every layout with one rank. Real Megatron-Core
+schedules, DDP and optimizers on gloo. Not covered: bf16 (its rounding hides what is looked for here), experts.
+"""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import SIZES, save_model
+from ragged_batch import ragged_groups
+from torchrun import torchrun
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+
+WORKER = Path(__file__).with_name("equivalence_worker.py")
+LAYOUTS = {
+    1: ["one"],
+    2: ["tp2", "tp2sp", "pp2", "pp2vpp2", "dp2", "dp2distopt", "dp2overlap", "cp2"],
+    4: ["tp2pp2", "tp2pp2sp", "tp2cp2"],
+}
+# Wide initial weights: probabilities on both sides of tau, and gradients worth comparing.
+MODEL = {**SIZES, "num_hidden_layers": 4, "initializer_range": 0.15}
+FAMILIES = {
+    # tied embeddings across pipeline stages, biases
+    "qwen2": lambda: Qwen2Config(tie_word_embeddings=True, **MODEL),
+    # norms inside the heads, which every tensor-parallel rank holds whole
+    "qwen3": lambda: Qwen3Config(head_dim=16, tie_word_embeddings=False, **MODEL),
+}
+TAU = 0.05  # as in the worker
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return {name: save_model(tmp_path_factory.mktemp(name), config()) for name, config in FAMILIES.items()}
+
+
+@pytest.fixture(scope="module")
+def results(models, tmp_path_factory):
+    """Everything that the workers computed: results[family][layout]."""
+    return {
+        family: {
+            name: result
+            for num_ranks, layouts in LAYOUTS.items()
+            for name, result in work(folder, tmp_path_factory.mktemp("out"), num_ranks, layouts).items()
+        }
+        for family, folder in models.items()
+    }
+
+
+def work(model: Path, out: Path, num_ranks: int, layouts: list[str], *options: str) -> dict[str, dict]:
+    done = torchrun(WORKER, "--model", model, "--out", out, *options, "--layouts", *layouts, num_ranks=num_ranks)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {name: torch.load(out / f"{name}.pt", weights_only=True) for name in layouts}
+
+
+def gradient_error(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Largest norm of a tensor's difference, relative to the tensor's own norm."""
+    assert got.keys() == expected.keys()
+    return max(float((got[name].double() - value.double()).norm() / value.double().norm()) for name, value in expected.items())
+
+
+def later(result: dict, name: str) -> torch.Tensor:
+    return torch.tensor([metrics[name] for metrics in result["later"]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS[2], *LAYOUTS[4]])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layout_equals_one_rank(results, family, layout):
+    one, other = results[family]["one"], results[family][layout]
+    assert other["num_tokens"] == one["num_tokens"]
+    for name in ("loss", "nll", "entropy_mean", "coefficient_mean", "rectified_frac"):
+        assert other["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-6), name
+    assert gradient_error(other["gradients"], one["gradients"]) < 1e-5
+    # Adam magnifies rounding: it divides small gradients by their own size.
+    torch.testing.assert_close(later(other, "loss"), later(one, "loss"), rtol=1e-4, atol=0)
+    # Clipping divides by this norm: a layout that counts one rank's shards only trains on, with another step size.
+    torch.testing.assert_close(later(other, "grad_norm"), later(one, "grad_norm"), rtol=1e-4, atol=0)
+
+
+@pytest.fixture(scope="module")
+def double_model(models):
+    return AutoModelForCausalLM.from_pretrained(models["qwen2"], dtype=torch.float64)
+
+
+def float64_token_losses(model, token_loss):
+    """token_loss(log p of the response tokens [r], advantage) of every response, by transformers in float64."""
+    batch = ragged_groups()
+    ends = batch.lengths.cumsum(0).tolist()
+    losses = []
+    for i, end in enumerate(ends):
+        ids = batch.tokens[end - int(batch.lengths[i]) : end]
+        prompt = int(batch.prompt_lengths[i])
+        log_probs = model(ids[None]).logits[0, prompt - 1 : -1].log_softmax(-1)
+        losses.append(token_loss(log_probs.gather(-1, ids[prompt:, None])[:, 0], float(batch.advantages[i])))
+    return torch.cat(losses)
+
+
+def test_gft_equals_float64(results, double_model):
+    def gft(log_probs, advantage):
+        coefficients = [math.exp(x) if math.exp(x) < TAU else 1.0 for x in log_probs.detach().tolist()]
+        return -advantage * torch.tensor(coefficients, dtype=torch.float64) * log_probs
+
+    losses = float64_token_losses(double_model, gft)
+    double_model.zero_grad()
+    losses.mean().backward()
+    expected = {name: parameter.grad for name, parameter in double_model.named_parameters()}
+    for layout in ("one", "tp2", "tp2pp2"):
+        result = results["qwen2"][layout]
+        assert result["metrics"]["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+        assert 0.2 < result["metrics"]["rectified_frac"] < 0.999, "both branches of the coefficient have to be taken"
+        assert gradient_error(result["gradients"], expected) < 1e-4
+
+
+def test_sft_equals_transformers_own_loss(models, double_model, tmp_path):
+    result = work(models["qwen2"], tmp_path, 2, ["tp2"], "--loss", "sft")["tp2"]
+    batch = ragged_groups()
+    ends = batch.lengths.cumsum(0).tolist()
+    total = 0.0
+    for i, end in enumerate(ends):
+        ids = batch.tokens[end - int(batch.lengths[i]) : end].clone()
+        labels = ids.clone()
+        labels[: batch.prompt_lengths[i]] = -100
+        with torch.no_grad():
+            mean = double_model(ids[None], labels=labels[None]).loss
+        total += float(mean) * int(batch.lengths[i] - batch.prompt_lengths[i])
+    assert result["num_tokens"] == batch.num_response_tokens
+    assert result["metrics"]["loss"] == pytest.approx(total / batch.num_response_tokens, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mutation", "layout"),
+    [("no-all-gather", "tp2"), ("per-micro-batch", "dp2"), ("no-gradient-sum", "cp2")],
+)
+def test_a_broken_build_is_noticed(models, results, tmp_path, mutation, layout):
+    """The tests of the tests: what they protect is taken away, and the figures no longer agree."""
+    num_ranks = next(n for n, names in LAYOUTS.items() if layout in names)
+    broken = work(models["qwen2"], tmp_path, num_ranks, [layout], "--mutate", mutation)[layout]
+    assert gradient_error(broken["gradients"], results["qwen2"]["one"]["gradients"]) > 1e-3
