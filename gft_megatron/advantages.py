@@ -35,7 +35,8 @@ def group_advantages(
     """
     if rewards.ndim != 1 or rewards.shape != group_ids.shape:
         raise ValueError(
-            f"rewards and group_ids must be one-dimensional and alike, got {list(rewards.shape)}, {list(group_ids.shape)}"
+            f"rewards and group_ids must be one-dimensional and alike, "
+            f"got {list(rewards.shape)}, {list(group_ids.shape)}"
         )
     if normalize not in get_args(AdvantageNormalization):
         raise ValueError(f"normalize must be one of {get_args(AdvantageNormalization)}, got {normalize!r}")

@@ -32,7 +32,12 @@ def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(RunConfig, args=argv, config=(tyro.conf.OmitArgPrefixes,), description="Group Fine-Tuning on Megatron-Core.")
+            return tyro.cli(
+                RunConfig,
+                args=argv,
+                config=(tyro.conf.OmitArgPrefixes,),
+                description="Group Fine-Tuning on Megatron-Core.",
+            )
     except SystemExit as exit_:
         if not exit_.code:
             raise

@@ -233,7 +233,11 @@ class RunConfig:
     @property
     def loss_hyper(self) -> dict[str, Any]:
         """The chosen loss's hyper-parameters that were set."""
-        return {key: value for key in loss_hyper_parameters()[self.loss.loss] if (value := getattr(self.loss, key)) is not None}
+        return {
+            key: value
+            for key in loss_hyper_parameters()[self.loss.loss]
+            if (value := getattr(self.loss, key)) is not None
+        }
 
     @property
     def max_prompt_length(self) -> int:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def torchrun(script: Path | str, *arguments: object, num_ranks: int, timeout_sec: float = 300) -> subprocess.CompletedProcess:
+def torchrun(
+    script: Path | str, *arguments: object, num_ranks: int, timeout_sec: float = 300
+) -> subprocess.CompletedProcess:
     """Run to the end and return output and exit status; on time-out kill every rank and raise."""
     process = start_torchrun(script, *arguments, num_ranks=num_ranks)
     try:
@@ -24,7 +28,7 @@ def torchrun(script: Path | str, *arguments: object, num_ranks: int, timeout_sec
 
 
 def start_torchrun(script: Path | str, *arguments: object, num_ranks: int) -> subprocess.Popen:
-    """Start without waiting, in a process group of its own."""
+    """Start without waiting."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks), "--nnodes", "1"]
     # Port 0: the launcher takes a free one, so that test runs side by side do not meet.
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
@@ -35,10 +39,12 @@ def start_torchrun(script: Path | str, *arguments: object, num_ranks: int) -> su
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
     )
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to the launcher and every rank: nobody gets to clean up."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """SIGKILL to the launcher and every rank (each is in a session of its own): nobody gets to clean up."""
+    launcher = psutil.Process(process.pid)
+    for victim in [launcher, *launcher.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.kill()

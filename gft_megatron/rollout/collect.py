@@ -128,18 +128,13 @@ class Collector:
         counts.refilled_samples += n_self - recipe.n_self
         samples = await asyncio.gather(
             *(self._recorded(prompt, i, recipe.needs_rewards, counts) for i in recorded),
-            *(
-                self._own(prompt, recipe.sampling, f"{name}/{prompt.row}/{k}", limit, counts)
-                for k in range(n_self)
-            ),
+            *(self._own(prompt, recipe.sampling, f"{name}/{prompt.row}/{k}", limit, counts) for k in range(n_self)),
         )
         kept = tuple(sample for sample in samples if sample is not None)
         # One response left of several says nothing about the others; one of one is what the data holds.
         return Group(prompt, kept) if len(kept) >= min(2, len(samples)) > 0 else None
 
-    async def _recorded(
-        self, prompt: Prompt, index: int, needs_reward: bool, counts: CollectCounts
-    ) -> Sample | None:
+    async def _recorded(self, prompt: Prompt, index: int, needs_reward: bool, counts: CollectCounts) -> Sample | None:
         response = prompt.responses[index]
         reward = float("nan")
         if needs_reward:
@@ -202,9 +197,7 @@ class Collector:
             counts.reward_sec = max(counts.reward_sec, time.perf_counter() - started)
 
 
-def _choose(
-    responses: tuple[RecordedResponse, ...], source: Source, wanted: int, choose: random.Random
-) -> list[int]:
+def _choose(responses: tuple[RecordedResponse, ...], source: Source, wanted: int, choose: random.Random) -> list[int]:
     available = [i for i, response in enumerate(responses) if response.source == source]
     return available if len(available) <= wanted else sorted(choose.sample(available, wanted))
 

@@ -31,7 +31,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One sample to draw. `request_id` is unique and of fixed length: SGLang aborts by prefix (scheduler, `startswith`)."""
+    """One sample to draw. `request_id` is unique and of fixed length: SGLang aborts by prefix."""
 
     request_id: str
     prompt_ids: tuple[int, ...]

@@ -237,4 +237,3 @@ class _Aborted(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
         return torch.tensor([pending.aborted for pending in self._batch], device=input_ids.device)
-

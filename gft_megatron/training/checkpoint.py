@@ -27,13 +27,17 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from packaging.version import Version
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from gft_megatron.training.model import unwrapped
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _FOLDER = re.compile(r"iter_(\d{7})")
+
+# A full disk or a damaged file can fail in any way inside dist_checkpointing; what a writer met reaches every rank as
+# torch's CheckpointException, which is no Exception.
+_FAILURES = (Exception, CheckpointException)
 
 
 class CheckpointError(Exception):
@@ -65,10 +69,11 @@ def save_checkpoint(
             root.mkdir(parents=True, exist_ok=True)
             for stale in root.glob("iter_*.partial"):
                 shutil.rmtree(stale)
-            (partial / "random_state").mkdir(parents=True)
+            partial.mkdir()
         dist.barrier()
         state, metadata = _sharded_state(chunks, optimizer, is_loading=False)
         dist_checkpointing.save(state, str(partial), content_metadata=metadata)
+        _random_state_file(partial).parent.mkdir(exist_ok=True)
         save_file(_random_state(), _random_state_file(partial))
         if dist.get_rank() == 0:
             content = {"iteration": iteration, "scheduler": scheduler.state_dict(), **run_state}
@@ -82,11 +87,10 @@ def save_checkpoint(
             os.replace(root / (TRACKER + ".new"), root / TRACKER)
             _remove_old(root, keep=keep_last, newest=iteration)
         dist.barrier()
-    except (OSError, RuntimeError, SafetensorError, dist_checkpointing.core.CheckpointingException) as error:
+    except _FAILURES as error:
         free = shutil.disk_usage(root if root.exists() else root.parent).free
-        reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"could not write the checkpoint {final}: {reason}; {free / 2**20:.0f} MiB are free there; "
+            f"could not write the checkpoint {final}: {_reason(error)}; {free / 2**20:.0f} MiB are free there; "
             f"earlier checkpoints are untouched"
         ) from error
     return final
@@ -142,14 +146,20 @@ def load_checkpoint(
             unwrapped(chunk).load_state_dict(loaded[key])
         optimizer.load_state_dict(loaded["optimizer"])
         scheduler.load_state_dict(run_state["scheduler"])
-    except (OSError, RuntimeError, KeyError, ValueError, dist_checkpointing.core.CheckpointingException) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise CheckpointError(f"could not read the checkpoint {folder}: {reason}") from error
+    except _FAILURES as error:
+        raise CheckpointError(f"could not read the checkpoint {folder}: {_reason(error)}") from error
     if run_state.get("layout") == layout() and _random_state_file(folder).exists():
         _set_random_state(load_file(_random_state_file(folder)))
     else:
         warnings.append("the parallel layout has changed: random states start anew from --seed")
     return run_state, warnings
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        # Some ranks hear only that another one failed.
+        error, _ = next(iter(error.failures.values()), (OSError("a file could not be written"), None))
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def layout() -> dict[str, int]:

@@ -38,8 +38,8 @@ def _returning(value: Any) -> Callable[..., Any]:
 
 
 def _answer_for_the_device() -> None:
-    # distributed/param_and_grad_buffer.py, tensor_parallel/{layers,mappings}.py, pipeline_parallel/p2p_communication.py,
-    # models/common/embeddings/rotary_pos_embedding.py: device=torch.cuda.current_device()
+    # distributed/param_and_grad_buffer.py, tensor_parallel/{layers,mappings}.py,
+    # pipeline_parallel/p2p_communication.py, models/common/embeddings/rotary_pos_embedding.py
     torch.cuda.current_device = _returning(_CPU)
     # pipeline_parallel/p2p_communication.py, dist_checkpointing/strategies/{filesystem_async,fully_parallel}.py
     torch.cuda.synchronize = _returning(None)

@@ -23,7 +23,8 @@ T = TypeVar("T")
 
 def gather_batch(mine: Batch) -> Batch:
     """The samples of all ranks, ordered by group id. Collective over the world; a rank without an engine gives none."""
-    gathered = Batch(**{f.name: _gather_ragged(getattr(mine, f.name)) for f in fields(Batch)})
+    arrays = [getattr(mine, f.name).numpy() for f in fields(Batch)]
+    gathered = Batch(**{f.name: t for f, t in zip(fields(Batch), _gather_ragged(arrays), strict=True)})
     return gathered.select(torch.argsort(gathered.group_ids, stable=True).tolist())
 
 
@@ -55,15 +56,17 @@ def on_rank_zero(work: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def _gather_ragged(mine: Tensor) -> Tensor:  # [n of this rank] -> [n of all ranks]
-    # Of differing lengths and any type, hence as padded bytes: gloo gathers equal sizes and knows no bool.
-    array = mine.numpy()
-    raw = torch.from_numpy(array.view(np.uint8))
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(raw)]))
-    padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8)
-    padded[: len(raw)] = raw
-    parts = [torch.empty_like(padded) for _ in sizes]
+def _gather_ragged(mine: list[np.ndarray]) -> list[Tensor]:  # [n of this rank] each -> [n of all ranks] each
+    # Of differing lengths and types, hence as padded bytes: gloo gathers equal sizes and knows no bool.
+    sizes = torch.tensor([array.nbytes for array in mine])
+    all_sizes = [torch.empty_like(sizes) for _ in range(dist.get_world_size())]
+    dist.all_gather(all_sizes, sizes)
+    padded = torch.zeros(max(int(s.sum()) for s in all_sizes), dtype=torch.uint8)
+    padded[: int(sizes.sum())] = torch.from_numpy(np.concatenate([array.view(np.uint8) for array in mine]))
+    parts = [torch.empty_like(padded) for _ in all_sizes]
     dist.all_gather(parts, padded)
-    joined = torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
-    return torch.from_numpy(joined.numpy().view(array.dtype))
+    by_rank = [part[: int(s.sum())].split(s.tolist()) for part, s in zip(parts, all_sizes, strict=True)]
+    return [
+        torch.from_numpy(torch.cat(pieces).numpy().view(array.dtype))
+        for array, *pieces in zip(mine, *by_rank, strict=True)
+    ]

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from gft_megatron.config import RunConfig
-from gft_megatron.groups import Batch
+from gft_megatron.groups import Batch, Source
+from gft_megatron.observe.console import SampleRow
 from gft_megatron.observe.report import write_curves
 from gft_megatron.training.checkpoint import layout, save_checkpoint
 from gft_megatron.training.exchange import max_over_ranks
@@ -24,6 +25,8 @@ from gft_megatron.training.rollouts import Rollout, rollout_metrics
 from gft_megatron.training.setup import Run, build_run
 from gft_megatron.training.step import StepResult, forward_log_probs, train_step
 from gft_megatron.training.weights import export_hf_folder, export_hf_tensors
+
+_SAMPLES_SHOWN = 2
 
 
 @dataclasses.dataclass
@@ -60,6 +63,7 @@ def _train(config: RunConfig, run: Run, saved: dict[str, Any] | None) -> dict[st
         at_end = progress.iteration == config.optimizer.train_iters
         if _is_due(before, progress.iteration, config.output.eval_interval, at_end):
             _evaluate(config, run, progress, evaluations)
+            _show_samples(run, progress, rollout)
         if _is_due(before, progress.iteration, config.output.save_interval, at_end):
             _save(config, run, progress, evaluations)
     return _finish(config, run, progress, evaluations)
@@ -130,13 +134,15 @@ def _log_step(
     run.timings.add("forward_backward", result.forward_backward_sec)
     run.timings.add("optimizer", result.optimizer_sec)
     times = run.timings.pop()
+    # Since the step before, so an evaluation or a save in between is in it: neither trains on a token.
+    training_sec = times["time/step_sec"] - times.get("time/evaluate_sec", 0.0) - times.get("time/save_sec", 0.0)
     (peak_memory,) = max_over_ranks([_peak_memory_gib()])
     figures = {
         **{f"train/{name}": value for name, value in result.metrics.items()},
         "train/lr": run.optimizer.param_groups[0]["lr"],
         "train/num_tokens": float(result.num_tokens),
         "train/num_micro_batches": float(num_micro_batches),
-        "train/tokens_per_sec": float(mini_batch.lengths.sum()) / times["time/step_sec"],
+        "train/tokens_per_sec": float(mini_batch.lengths.sum()) / training_sec,
         "memory/peak_gib": peak_memory,
         **rollout_figures,
         **times,
@@ -156,7 +162,8 @@ def _evaluate(config: RunConfig, run: Run, progress: Progress, evaluations: dict
     if run.eval_prompts is None or not config.output.eval_interval:
         return
     _update_weights(run, progress)
-    with run.timings.measure("evaluate"):
+    title = f"drawing {config.output.n_samples_per_eval_prompt} samples of {len(run.eval_prompts)} held-out prompts"
+    with run.timings.measure("evaluate"), run.console.stage(title):
         figures = run.workers.evaluate(
             run.eval_prompts,
             run.recipe.sampling,
@@ -165,6 +172,16 @@ def _evaluate(config: RunConfig, run: Run, progress: Progress, evaluations: dict
         )
     evaluations[str(progress.iteration)] = figures
     _report(run, progress.iteration, figures)
+
+
+def _show_samples(run: Run, progress: Progress, rollout: Rollout) -> None:
+    """A group of the last rollout as text: what no curve tells."""
+    group = rollout.own_groups[0]
+    prompt = run.tokenizer.decode(group.prompt.token_ids)
+    own = [sample for sample in group.samples if sample.source == Source.SELF]
+    run.console.show_samples(
+        progress.iteration, [SampleRow(prompt, sample.text, sample.reward) for sample in own[:_SAMPLES_SHOWN]]
+    )
 
 
 def _save(config: RunConfig, run: Run, progress: Progress, evaluations: dict[str, dict[str, float]]) -> None:

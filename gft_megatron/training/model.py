@@ -104,14 +104,7 @@ def transformer_config(
 
 
 def _require_divisible(shape: ModelShape, parallel: ParallelConfig) -> None:
-    tensor = parallel.tensor_model_parallel_size
-    for what, count in (
-        ("attention heads", shape.num_attention_heads),
-        ("key-value heads", shape.num_query_groups),
-        ("MLP columns", shape.ffn_hidden_size),
-    ):
-        if count % tensor:
-            raise ValueError(f"--tensor-model-parallel-size {tensor} does not divide the model's {count} {what}")
+    shape.check_tensor_parallel_size(parallel.tensor_model_parallel_size)
     stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
     if shape.num_layers % stages:
         raise ValueError(
@@ -170,7 +163,9 @@ def wrap_in_ddp(
     }
     ddp_config = DistributedDataParallelConfig(**{**settings, **overrides})
     # Later chunks are reduced while earlier ones still run backward, so only the first has anything to overlap with.
-    wrapped = [DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
+    wrapped = [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
+    ]
     if parallel.overlap_grad_reduce:
         no_syncs = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]

@@ -46,7 +46,8 @@ class RolloutWorkers:
             scope: `RolloutEngine.scope`: on which ranks the engines are.
         """
         self._collector = collector
-        self._runner = asyncio.Runner()
+        # Not asyncio.Runner: restoring SIGINT's handler after each call makes it print the call's whole result.
+        self._loop = asyncio.new_event_loop()
         if scope == "rank":
             self._index, self._size = dist.get_rank(), dist.get_world_size()
         else:
@@ -59,7 +60,7 @@ class RolloutWorkers:
             for _ in named_tensors:
                 pass
         elif self._collector.engine.weight_version != version:
-            self._runner.run(self._collector.engine.update_weights(named_tensors, version))
+            self._loop.run_until_complete(self._collector.engine.update_weights(named_tensors, version))
 
     def collect(
         self,
@@ -91,13 +92,15 @@ class RolloutWorkers:
             if kept >= (num_groups if refill else 1):
                 return Rollout(trained, collected, counts, own_groups)
             rows = order.take(num_groups - kept if refill else num_groups)
-            groups, batch, round_counts = self._collect_share(store, rows, recipe, first_id=drawn, rollout_id=rollout_id)
+            groups, batch, round_counts = self._collect_share(
+                store, rows, recipe, first_id=drawn, rollout_id=rollout_id
+            )
             drawn += len(rows)
             collected = Batch.cat([collected, batch])
             counts.add(round_counts)
             own_groups += groups
         raise ValueError(
-            f"{drawn} prompts in a row gave {kept} groups to train on: {collected.num_groups - kept} had equal rewards, "
+            f"{drawn} prompts gave {kept} groups to train on: {collected.num_groups - kept} had equal rewards, "
             f"{counts.dropped_groups} lost their samples. Check --rm-type against the data, or start from a model that "
             f"solves some of the prompts"
         )
@@ -111,20 +114,24 @@ class RolloutWorkers:
         if self._collector is not None:
             share = range(self._index, len(rows), self._size)
             prompts = [store[rows[i]] for i in share]
-            groups, mine, counts = self._runner.run(
+            groups, mine, counts = self._loop.run_until_complete(
                 self._collector.collect(prompts, [first_id + i for i in share], recipe, rollout_id=rollout_id)
             )
         *sums, generate_sec, reward_sec = astuple(counts)
         total = CollectCounts(*map(int, sum_over_ranks(sums)), *max_over_ranks([generate_sec, reward_sec]))
         return groups, gather_batch(mine), total
 
-    def evaluate(self, store: PromptStore, sampling: SamplingParams, *, num_samples: int, name: str) -> dict[str, float]:
+    def evaluate(
+        self, store: PromptStore, sampling: SamplingParams, *, num_samples: int, name: str
+    ) -> dict[str, float]:
         """avg@k and pass@k (any reward above 0) over all held-out prompts, k = num_samples."""
         totals = torch.zeros(6, dtype=torch.float64)
         if self._collector is not None:
             share = range(self._index, len(store), self._size)
             prompts = [store[i] for i in share]
-            for samples in self._runner.run(self._collector.sample(prompts, num_samples, sampling, name=name)):
+            for samples in self._loop.run_until_complete(
+                self._collector.sample(prompts, num_samples, sampling, name=name)
+            ):
                 rewards = [sample.reward for sample in samples]
                 lengths = [len(sample.token_ids) for sample in samples]
                 truncated = [sample.truncated for sample in samples]
@@ -145,9 +152,9 @@ class RolloutWorkers:
 
     def close(self) -> None:
         if self._collector is not None:
-            self._runner.run(self._collector.engine.close())
-            self._runner.run(self._collector.reward.close())
-        self._runner.close()
+            self._loop.run_until_complete(self._collector.engine.close())
+            self._loop.run_until_complete(self._collector.reward.close())
+        self._loop.close()
 
 
 def with_variance(batch: Batch) -> Batch:

@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gft_megatron.command_line import save_config
 from gft_megatron.config import RunConfig
@@ -99,7 +99,9 @@ def build_run(config: RunConfig) -> tuple[Run, dict[str, Any] | None]:
     device = initialize(config.parallel, config.optimizer.seed)
     is_main = dist.get_rank() == 0
     run_dir = Path(config.output.run_dir)
-    console = build_console(train_iters=config.optimizer.train_iters, log_every=config.output.log_interval, quiet=not is_main)
+    console = build_console(
+        train_iters=config.optimizer.train_iters, log_every=config.output.log_interval, quiet=not is_main
+    )
     try:
         return _build_run(config, overrides, hf_folder, tokenizer, device, console, run_dir)
     except BaseException:
@@ -193,7 +195,9 @@ def _load_tokenizer(hf_folder: HfFolder, seq_length: int) -> PreTrainedTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(hf_folder.path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--hf-checkpoint {hf_folder.path}: no tokenizer: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(
+            f"--hf-checkpoint {hf_folder.path}: no tokenizer: {' '.join(str(error).split())[:200]}"
+        ) from None
     if len(tokenizer) > hf_folder.shape.vocab_size:
         raise ValueError(
             f"--hf-checkpoint {hf_folder.path}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only "
@@ -236,8 +240,7 @@ def _prompts(
     info = on_rank_zero(prepare)
     console.info(
         f"{name} data: {info.num_rows} prompts with {info.num_expert} expert and {info.num_teacher} teacher responses, "
-        f"{info.num_bad_rows} bad rows"
-        + (f" (see {info.quarantine_path})" if info.num_bad_rows else "")
+        f"{info.num_bad_rows} bad rows" + (f" (see {info.quarantine_path})" if info.num_bad_rows else "")
     )
     return PromptStore(store)
 

@@ -174,7 +174,6 @@ def equal_runs(cu_seqlens: list[int]) -> Iterator[tuple[int, int, int]]:
 
 
 def _in_sequence_order(x: Tensor, count: int) -> Tensor:  # [c, count * length/c, g, d] -> [count, g, length, d]
-    c = x.shape[0]
     halves = x.unflatten(1, (count, 2, -1))  # [c, count, 2, length/2c, g, d]
     chunks = torch.cat([halves[:, :, 0], halves[:, :, 1].flip(0)])  # [2c, count, length/2c, g, d]
     return chunks.permute(1, 3, 0, 2, 4).flatten(2, 3)

@@ -121,7 +121,7 @@ def forward_backward(
 def forward_log_probs(
     chunks: Chunks, micro_batches: Sequence[PackedMicroBatch], objective: Objective
 ) -> list[Tensor] | None:
-    """Log-probs [t] of each micro-batch under the present weights, through the same schedule; None but on the last stage."""
+    """Log-probs [t] of each micro-batch under the present weights, by the same schedule; None but on the last stage."""
 
     def loss_func(logits: Tensor, item: _Item) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         micro_batch, _ = item
@@ -129,7 +129,9 @@ def forward_log_probs(
         count = micro_batch.mask.sum().int()
         return log_probs.sum(), count.to(log_probs.device), {"log_probs": log_probs.detach()}
 
-    reports = _run_schedule(chunks, [(micro_batch, None) for micro_batch in micro_batches], loss_func, forward_only=True)
+    reports = _run_schedule(
+        chunks, [(micro_batch, None) for micro_batch in micro_batches], loss_func, forward_only=True
+    )
     return [report["log_probs"] for report in reports] if is_last_stage() else None
 
 
@@ -246,4 +248,3 @@ def _sum_over_replicas(reports: list[dict[str, Tensor]]) -> dict[str, float]:
     if pipeline.size() > 1:
         dist.broadcast(sums, src=last, group=pipeline)
     return dict(zip(names[0], sums.tolist(), strict=True))
-

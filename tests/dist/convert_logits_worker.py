@@ -8,26 +8,18 @@ Reads DIR/tokens.pt of each folder; writes OUT/<folder name>/logits.pt and the e
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
-
-os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
-from gft_megatron.training import cpu
-
-cpu.install()
-
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from torch import Tensor, nn
 
 from gft_megatron.config import ModelConfig, ParallelConfig
 from gft_megatron.convert import HfFolder
+from gft_megatron.training import cpu
 from gft_megatron.training import model as models
 from gft_megatron.training.parallel import lay_out, seed_ranks
 from gft_megatron.training.weights import export_hf_folder, load_hf_weights
@@ -63,6 +55,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, required=True)
     parser.add_argument("--pp", type=int, required=True)
     arguments = parser.parse_args()
+    cpu.install()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     parallel = ParallelConfig(tensor_model_parallel_size=arguments.tp, pipeline_model_parallel_size=arguments.pp)

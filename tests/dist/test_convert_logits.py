@@ -46,6 +46,7 @@ def expected(folders: dict[str, Path]) -> dict[str, torch.Tensor]:  # [b, s, v] 
     return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tp_size", "pp_size"), LAYOUTS)
 def test_logits_and_export(
     folders: dict[str, Path], expected: dict[str, torch.Tensor], tmp_path: Path, tp_size: int, pp_size: int

@@ -20,9 +20,7 @@ def test_equals_numpy_per_group(ddof, normalize):
         of = group_ids == group
         centred = rewards[of] - rewards[of].mean()
         expected[of] = centred / (rewards[of].std(ddof=ddof) + 1e-6) if normalize == "std" else centred
-    got = group_advantages(
-        torch.from_numpy(rewards), torch.from_numpy(group_ids), normalize=normalize, ddof=ddof
-    )
+    got = group_advantages(torch.from_numpy(rewards), torch.from_numpy(group_ids), normalize=normalize, ddof=ddof)
     assert got.dtype == torch.float32
     np.testing.assert_allclose(got.numpy(), expected, rtol=2e-6, atol=1e-7)
 

@@ -24,7 +24,9 @@ def test_hyper_parameters_of_the_losses_are_flags():
 
 
 def test_saved_configuration_reads_back(tmp_path):
-    config = parse_args([*REQUIRED, "--tau", "0.1", "--no-skip-zero-variance", "--lr", "3e-5", "--n-samples-per-prompt", "2"])
+    config = parse_args(
+        [*REQUIRED, "--tau", "0.1", "--no-skip-zero-variance", "--lr", "3e-5", "--n-samples-per-prompt", "2"]
+    )
     save_config(config, tmp_path / "config.yaml")
     assert parse_args(["--config", str(tmp_path / "config.yaml")]) == config
     overridden = parse_args(["--config", str(tmp_path / "config.yaml"), "--lr", "1", "--skip-zero-variance"])
@@ -47,7 +49,10 @@ def test_saved_configuration_reads_back(tmp_path):
         (["--virtual-pipeline-model-parallel-size", "2"], "--pipeline-model-parallel-size of at least 2"),
         (["--overlap-param-gather"], "--overlap-param-gather needs --use-distributed-optimizer"),
         (["--seq-length", "64", "--rollout-max-response-len", "64"], "no room for a prompt"),
-        (["--seq-length", "64", "--rollout-max-response-len", "32", "--max-prompt-length", "40"], "exceed --seq-length 64"),
+        (
+            ["--seq-length", "64", "--rollout-max-response-len", "32", "--max-prompt-length", "40"],
+            "exceed --seq-length 64",
+        ),
         (["--max-tokens-per-gpu", "100"], "--max-tokens-per-gpu 100 is less than --seq-length 4096"),
         (["--rollout-batch-size", "2", "--num-steps-per-rollout", "3"], "--rollout-batch-size 2"),
         (["--rm-typ", "math"], "--rm-typ"),

@@ -37,7 +37,9 @@ def oracle(inputs, token_loss):
     """Sum over tokens of `token_loss(log p, sequence, token)` in float64, and its gradient."""
     log_probs = inputs.log_probs.detach().double().requires_grad_()
     losses = [
-        token_loss(log_probs[t], int(inputs.sequence_ids[t]), t) if inputs.mask[t] else torch.zeros((), dtype=torch.float64)
+        token_loss(log_probs[t], int(inputs.sequence_ids[t]), t)
+        if inputs.mask[t]
+        else torch.zeros((), dtype=torch.float64)
         for t in range(len(log_probs))
     ]
     total = torch.stack(losses).sum()

@@ -1,0 +1,33 @@
+// The row loops for AVX-512 (Skylake servers and Zen 4, and later).
+#include <math.h>
+#include <stdint.h>
+
+#if defined(__x86_64__)
+
+// After the system headers: an inline function of theirs, compiled for this target, could be linked into other files.
+#define GFT_TARGET_HAS_FMA
+#if defined(__clang__)
+#pragma clang attribute push(                                                                       \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512"))), \
+    apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
+#endif
+
+#include "cpu/row_loops.h"
+#include "rows.h"
+
+namespace gft_megatron::cpu {
+namespace {
+#include "row_loops.inc"
+}  // namespace
+
+const RowLoops kAvx512 = {"avx512", stats_rows, grad_rows};
+
+}  // namespace gft_megatron::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif

@@ -1,0 +1,15 @@
+// The row loops for whatever the compiler targets by default (SSE2 on x86-64, NEON on aarch64).
+#include <math.h>
+#include <stdint.h>
+
+#include "cpu/row_loops.h"
+#include "rows.h"
+
+namespace gft_megatron::cpu {
+namespace {
+#include "row_loops.inc"
+}  // namespace
+
+const RowLoops kBaseline = {"baseline", stats_rows, grad_rows};
+
+}  // namespace gft_megatron::cpu

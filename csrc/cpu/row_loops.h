@@ -1,0 +1,27 @@
+// The CPU implementation of row_stats and row_grad_: one table of loops for each instruction set, chosen at run time.
+#pragma once
+
+#include "params.h"
+
+namespace gft_megatron::cpu {
+
+// Both run rows [begin, end) on the calling thread.
+struct RowLoops {
+  const char* isa;
+  void (*stats)(const StatsParams& params, int64_t begin, int64_t end);
+  void (*grad)(const GradParams& params, int64_t begin, int64_t end);
+};
+
+extern const RowLoops kBaseline;
+extern const RowLoops kAvx2;
+extern const RowLoops kAvx512;
+
+// The widest that this processor has; the environment variable GFT_MEGATRON_ISA=baseline|avx2|avx512 overrides it.
+const RowLoops& row_loops();
+
+// Threaded over rows.
+void row_stats(const StatsParams& params);
+void combine_stats(const CombineParams& params);
+void row_grad(const GradParams& params);
+
+}  // namespace gft_megatron::cpu

@@ -1,0 +1,182 @@
+"""Write a Hugging Face model folder that is either absent or complete, whenever the process dies.
+
+Everything goes into a sibling folder `.NAME.partial`, is flushed to disk, checked, and renamed to NAME at the end.
+Weights are written a file at a time: no more than `max_shard_bytes` of them are held. One writer a folder at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gft_megatron.convert.hf_folder import HfFolder
+from gft_megatron.convert.weight_files import INDEX_FILE, SINGLE_FILE, read_json
+
+_MARKER_FILE = "gft_megatron_export.json"
+_COPIED_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "NOTICE",
+    "USE_POLICY.md",
+)
+
+
+def write_hf_folder(
+    path: str | Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    source_folder: str | Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write the model as safetensors with the configuration and tokenizer of `source_folder`.
+
+    Args:
+        path: absent, empty, or a folder that this function wrote and nobody added to; that one is replaced.
+        tensors: (Hugging Face name, tensor) of the whole model, on any device; copied before the next is asked for.
+        source_folder: the model folder that the training started from.
+        dtype: what the weights are stored in.
+
+    Raises:
+        ValueError: `path` holds something else; or the tensors are not exactly those of the model in `source_folder`.
+        OSError: the disk failed or is full; the message names the path and the free bytes. Nothing is left behind then.
+            `tensors` is left where it stood: a caller whose iterable is a collective has to finish it.
+    """
+    target = Path(path).resolve()
+    _refuse_to_replace_what_is_not_ours(target)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        with _naming_the_disk(target):
+            shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+            partial.mkdir(parents=True)
+            _copy_everything_but_weights(Path(source_folder), partial, dtype)
+        _write_weights(partial, tensors, dtype, max_shard_bytes)
+        HfFolder(partial).check_weights()
+        with _naming_the_disk(target):
+            _publish(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _refuse_to_replace_what_is_not_ours(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ValueError(f"--hf-export {target} is a file, expected a folder or nothing")
+    found = {entry.name for entry in target.iterdir()}
+    written = set(read_json(target / _MARKER_FILE).get("files", ())) if _MARKER_FILE in found else set()
+    if foreign := found - written:
+        raise ValueError(
+            f"--hf-export {target} holds {min(foreign)!r}, which no earlier export wrote; "
+            "choose another folder or empty it"
+        )
+
+
+def _copy_everything_but_weights(source: Path, partial: Path, dtype: torch.dtype) -> None:
+    config = read_json(source / "config.json")
+    for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}:  # transformers 5 and 4 have it so
+        config[key] = str(dtype).removeprefix("torch.")
+    _write_json(partial / "config.json", config)
+    for name in _COPIED_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, partial / name)
+
+
+def _write_weights(
+    partial: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_shard_bytes: int
+) -> None:
+    shards: list[list[str]] = []
+    total_bytes = 0
+    for held in _in_shards(tensors, dtype, max_shard_bytes):
+        file = partial / f"{len(shards)}.safetensors"
+        with _naming_the_disk(partial):
+            save_file(held, file, metadata={"format": "pt"})
+            shutil.copymode(partial / "config.json", file)  # safetensors 0.8 makes files that only their owner can read
+        shards.append(list(held))
+        total_bytes += sum(tensor.nbytes for tensor in held.values())
+    if len(shards) == 1:
+        os.rename(partial / "0.safetensors", partial / SINGLE_FILE)
+        return
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.rename(partial / f"{number}.safetensors", partial / file_name)
+        weight_map |= dict.fromkeys(names, file_name)
+    with _naming_the_disk(partial):
+        _write_json(partial / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+
+
+def _in_shards(
+    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_bytes: int
+) -> Iterator[dict[str, Tensor]]:
+    """Host copies of the tensors, in runs of at most `max_bytes`; a larger tensor has a run of its own."""
+    held: dict[str, Tensor] = {}
+    held_bytes = 0
+    names: set[str] = set()
+    for name, tensor in tensors:
+        assert name not in names, f"{name} was given twice"
+        names.add(name)
+        size = tensor.numel() * dtype.itemsize
+        if held and held_bytes + size > max_bytes:
+            yield held
+            held, held_bytes = {}, 0
+        # A copy even where nothing changes: the tensor may be a live weight, or a view that shares its memory.
+        held[name] = tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
+        held_bytes += size
+    yield held
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Flush and rename. A kill between the two renames leaves no `target`, never half of one."""
+    names = sorted(path.name for path in partial.iterdir())
+    _write_json(partial / _MARKER_FILE, {"files": [*names, _MARKER_FILE]})
+    for file in partial.iterdir():
+        _fsync(file)
+    _fsync(partial)
+    previous = target.with_name(f".{target.name}.previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    if target.exists():
+        os.rename(target, previous)
+    os.rename(partial, target)
+    _fsync(target.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+@contextmanager
+def _naming_the_disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        folder = next(parent for parent in path.parents if parent.exists())
+        raise OSError(f"cannot write {path}: {error}; {shutil.disk_usage(folder).free} bytes are free there") from error
+
+
+def _write_json(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

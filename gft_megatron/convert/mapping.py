@@ -1,0 +1,98 @@
+"""Names and layouts of one model: from a Megatron parameter's name to its Hugging Face tensors and back.
+
+A name is that of a parameter of GPTModel with the layer counted over the whole model: a pipeline stage counts its
+layers from 0, and its caller adds the offset.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from gft_megatron.convert.families import EMBEDDING, FAMILIES, OUTPUT_LAYER, Entry
+from gft_megatron.convert.layout import TensorSpec, merge
+from gft_megatron.convert.model_shape import ModelShape
+
+_LAYER_NUMBER = re.compile(r"(?<=^decoder\.layers\.)\d+(?=\.)")
+
+
+def hf_names_of(shape: ModelShape, name: str) -> tuple[str, ...]:
+    """Hugging Face tensors that the parameter is made of, in the order that its layout wants.
+
+    With tied embeddings the output layer (a parameter of its own on the last pipeline stage) is made of the embedding.
+
+    Raises:
+        ValueError: no table has a parameter of this name.
+    """
+    entry, layer = _find(shape, name)
+    return tuple(part.name.format(i=layer) for part in entry.parts)
+
+
+def tensor_spec(shape: ModelShape, name: str) -> TensorSpec:
+    """Layout and sizes of the parameter; `.is_sharded` is False where all tensor-parallel ranks hold the same.
+
+    Raises:
+        ValueError: no table has a parameter of this name.
+    """
+    entry, _ = _find(shape, name)
+    return _spec(shape, entry)
+
+
+def merge_to_hf(shape: ModelShape, name: str, shards: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, whole tensor) of each tensor in this parameter, without padding; may be views of the shards.
+
+    The output layer of a model with tied embeddings yields nothing: the embedding has been or will be yielded.
+
+    Args:
+        shards: of all tensor-parallel ranks, in order; one is enough where `tensor_spec(...).is_sharded` is False.
+
+    Raises:
+        ValueError: no table has a parameter of this name.
+    """
+    hf_names, spec = hf_names_of(shape, name), tensor_spec(shape, name)
+    if name == OUTPUT_LAYER and shape.tie_word_embeddings:
+        return
+    for hf_name, whole, expected in zip(hf_names, merge(shards, spec), spec.part_shapes, strict=True):
+        assert whole.shape == expected, f"{name}: shards merge to {hf_name} {tuple(whole.shape)}, expected {expected}"
+        yield hf_name, whole
+
+
+def expected_hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in this model's Hugging Face folder."""
+    return {
+        part.name.format(i=layer): sizes
+        for entry in dict.fromkeys(_entries(shape).values())
+        for layer in (range(shape.num_layers) if "{i}" in entry.names[0] else (None,))
+        for part, sizes in zip(entry.parts, _spec(shape, entry).part_shapes, strict=True)
+    }
+
+
+@functools.cache
+def _entries(shape: ModelShape) -> dict[str, Entry]:
+    (family,) = [family for family in FAMILIES if family.model_type == shape.model_type]
+    entries = {name: entry for entry in family.entries for name in entry.names}
+    if shape.tie_word_embeddings:
+        output_layer, embedding = entries[OUTPUT_LAYER], entries[EMBEDDING]
+        entries[OUTPUT_LAYER] = Entry(output_layer.names, output_layer.layout, embedding.parts)
+    return entries
+
+
+def _find(shape: ModelShape, name: str) -> tuple[Entry, int | None]:
+    match = _LAYER_NUMBER.search(name)
+    entry = _entries(shape).get(_LAYER_NUMBER.sub("{i}", name))
+    if entry is None:
+        raise ValueError(f"the model has a parameter {name!r} that a {shape.model_type} checkpoint has no tensor for")
+    layer = int(match.group()) if match else None
+    assert layer is None or layer < shape.num_layers, f"{name}: the model has {shape.num_layers} layers"
+    return entry, layer
+
+
+def _spec(shape: ModelShape, entry: Entry) -> TensorSpec:
+    return TensorSpec(
+        entry.layout,
+        tuple(tuple(getattr(shape, dim) for dim in part.dims) for part in entry.parts),
+        shape.num_query_groups,
+    )

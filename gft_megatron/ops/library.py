@@ -1,0 +1,79 @@
+"""Loads the compiled extension, refuses one built for another torch, and describes its operators to torch.compile.
+
+The extension registers `torch.ops.gft_megatron.*` when it is imported. GFT_MEGATRON_REFERENCE=1 replaces the
+operators by the plain PyTorch of reference.py.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gft_megatron.ops import reference
+
+_REBUILD = "rebuild it: `pip install --no-deps -e .` in the gft_megatron folder"
+
+try:
+    from gft_megatron._C import balanced_partition, build_info
+except ImportError as error:
+    raise ImportError(
+        f"the compiled extension of gft_megatron cannot be loaded under torch {torch.__version__} ({error}); it was "
+        f"never built, or built against another torch or Python: {_REBUILD}"
+    ) from error
+
+if build_info()["torch"] != torch.__version__:
+    raise ImportError(
+        f"gft_megatron was built against torch {build_info()['torch']}, but torch {torch.__version__} is running: "
+        f"{_REBUILD}"
+    )
+
+__all__ = ["balanced_partition", "build_info", "row_ops"]
+
+
+def row_ops(device: torch.device) -> Any:
+    """What holds `row_stats`, `combine_stats` and `row_grad_` for tensors on `device`.
+
+    Raises:
+        RuntimeError: a CUDA device, and an extension that was built without the CUDA operators.
+    """
+    if os.environ.get("GFT_MEGATRON_REFERENCE") == "1":
+        return reference
+    if device.type == "cuda" and not build_info()["cuda"]:
+        raise RuntimeError(
+            "gft_megatron was built without its CUDA operators (no nvcc, or a CPU torch, when it was built); install "
+            f"the CUDA toolkit and {_REBUILD} with GFT_MEGATRON_CUDA=1; or set GFT_MEGATRON_REFERENCE=1 (slow)"
+        )
+    return torch.ops.gft_megatron
+
+
+@torch.library.register_fake("gft_megatron::row_stats")
+def _row_stats(
+    logits: Tensor, labels: Tensor, vocab_start: int, valid_vocab: int, inv_temperature: float, want_entropy: bool
+) -> Tensor:
+    return logits.new_empty((logits.shape[0], 4), dtype=torch.float32)
+
+
+@torch.library.register_fake("gft_megatron::combine_stats")
+def _combine_stats(stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    log_prob, entropy, maximum, log_sum = (stats.new_empty(stats.shape[1]) for _ in range(4))
+    return log_prob, entropy, maximum, log_sum
+
+
+@torch.library.register_fake("gft_megatron::row_grad_")
+def _row_grad_(
+    logits: Tensor,
+    grad: Tensor,
+    labels: Tensor,
+    vocab_start: int,
+    valid_vocab: int,
+    inv_temperature: float,
+    max: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor,
+    grad_log_prob: Tensor,
+    grad_entropy: Tensor | None,
+) -> None:
+    return None

@@ -1,0 +1,88 @@
+"""The compiled operators once more in plain PyTorch and float64: same arguments, same answers, no speed.
+
+The contract (what the columns mean, ignored rows, labels of other shards) is written down in csrc/rows.h.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NOT_OWNED = float("inf")
+
+
+def _scaled(logits: Tensor, valid_vocab: int, inv_temperature: float) -> Tensor:  # [n, v/p] -> [n, valid] fp64
+    return logits[:, :valid_vocab].double() * inv_temperature
+
+
+def _label_columns(labels: Tensor, vocab_start: int, valid_vocab: int) -> tuple[Tensor, Tensor]:
+    """Rows whose label lies in this shard, and the columns there; int64, of equal length."""
+    columns = labels - vocab_start
+    rows = ((labels >= 0) & (columns >= 0) & (columns < valid_vocab)).nonzero()[:, 0]
+    return rows, columns[rows]
+
+
+def row_stats(
+    logits: Tensor, labels: Tensor, vocab_start: int, valid_vocab: int, inv_temperature: float, want_entropy: bool
+) -> Tensor:
+    """[n, v/p] -> [n, 4] fp32: max, sum exp, sum exp * (x - max), label - max."""
+    x = _scaled(logits, valid_vocab, inv_temperature)
+    n = logits.shape[0]
+    maximum = x.amax(-1).float() if valid_vocab else x.new_full((n,), float("-inf"), dtype=torch.float32)
+    delta = x - torch.where(maximum.isneginf(), 0.0, maximum).double()[:, None]
+    e = delta.exp()
+    weighted = torch.where(e > 0, e * delta, e).sum(-1) if want_entropy else torch.full_like(maximum, float("nan"))
+    label = torch.full_like(maximum, NOT_OWNED)
+    rows, columns = _label_columns(labels, vocab_start, valid_vocab)
+    label[rows] = delta[rows, columns].float()
+    stats = torch.stack([maximum, e.sum(-1).float(), weighted.float(), label], dim=-1)
+    ignored = [0.0, 1.0, 0.0, 0.0] if vocab_start == 0 else [float("-inf"), 0.0, 0.0, NOT_OWNED]
+    return torch.where((labels < 0)[:, None], stats.new_tensor(ignored), stats)
+
+
+def combine_stats(stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[p, n, 4] -> log_prob, entropy, max, log_sum, each [n] fp32."""
+    maxima, sums, weighted, labels = stats.double().unbind(-1)  # [p, n]
+    maximum = maxima.amax(0)
+    shift = torch.where(maximum.isneginf(), 0.0, maximum)
+    delta = torch.where(maxima.isneginf(), 0.0, maxima) - shift
+    scale = torch.where(sums == 0, 0.0, delta.exp())
+    total = (sums * scale).sum(0)
+    moved = torch.where(scale == 0, 0.0 * sums, scale * (weighted + sums * delta))
+    log_sum = total.log()
+    owned = labels != NOT_OWNED
+    label = torch.where(owned, labels + delta, 0.0).sum(0)
+    label = torch.where(owned.any(0), label, float("nan"))
+    entropy = (log_sum - moved.sum(0) / total).clamp(min=0)
+    return (label - log_sum).float(), entropy.float(), shift.float(), log_sum.float()
+
+
+def row_grad_(
+    logits: Tensor,
+    grad: Tensor,
+    labels: Tensor,
+    vocab_start: int,
+    valid_vocab: int,
+    inv_temperature: float,
+    max: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor,
+    grad_log_prob: Tensor,
+    grad_entropy: Tensor | None,
+) -> None:
+    """Write the gradient [n, v/p] into `grad`, which may be `logits`."""
+    x = _scaled(logits, valid_vocab, inv_temperature)
+    log_probs = x - max.double()[:, None] - log_sum.double()[:, None]
+    probs = log_probs.exp()
+    factor = -grad_log_prob.double()[:, None]
+    dead = (labels < 0) | (grad_log_prob == 0)
+    if grad_entropy is not None:
+        spread = grad_entropy.double()[:, None] * (log_probs + entropy.double()[:, None])
+        factor = factor - torch.where(probs == 0, 0.0, spread)
+        dead = dead & ((grad_entropy == 0) | (labels < 0))
+    result = probs * factor
+    rows, columns = _label_columns(labels, vocab_start, valid_vocab)
+    result[rows, columns] += grad_log_prob[rows].double()
+    result = torch.where(dead[:, None], 0.0, result * inv_temperature)
+    grad[:, :valid_vocab].copy_(result)
+    grad[:, valid_vocab:].zero_()

@@ -1,0 +1,66 @@
+"""Whole runs by the command that users type, one for each way of being parallel; the model that comes out opens."""
+
+import json
+import math
+
+import pytest
+import torch
+from e2e_runs import PROGRAM, metrics_of
+from torchrun import torchrun
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+RUNS = {
+    "tensor": ["--tensor-model-parallel-size", 2, "--sequence-parallel"],
+    "pipeline, several steps a rollout, ratios": [
+        "--pipeline-model-parallel-size", 2,
+        "--loss", "grpo", "--n-expert", 0, "--n-teacher", 0, "--n-self", 8, "--num-steps-per-rollout", 2,
+        "--rm-type", "tests/e2e/digit_reward.py:score",
+    ],
+    "data, bf16, distributed optimizer": ["--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce"],
+    "context, refilled groups": ["--context-parallel-size", 2, "--refill-groups", "--n-teacher", 4],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_ten_steps(flags, tmp_path, toy, name):
+    done = torchrun(
+        PROGRAM, *flags, "--train-iters", 10, "--hf-export", tmp_path / "hf", *RUNS[name], num_ranks=2
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    steps = metrics_of(tmp_path / "run")
+    assert [step["step"] for step in steps] == list(range(1, 11))
+    for step in steps:
+        assert all(
+            math.isfinite(step[key]) for key in ("train/loss", "train/nll", "train/grad_norm", "train/entropy_mean")
+        )
+        assert 0 < step["train/entropy_mean"] <= math.log(20)
+    # The engine and Megatron compute the same model: what differs is rounding, and bf16's is coarse.
+    first_gap = next(step["train/log_prob_gap_mean"] for step in steps if "train/log_prob_gap_mean" in step)
+    assert first_gap < (0.05 if "bf16" in name else 1e-4)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    before = AutoModelForCausalLM.from_pretrained(toy / "model", dtype=torch.float32)
+    changed = [not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True)]
+    assert all(changed), "some weights were not trained"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer("1,2,3=6:", add_special_tokens=False).input_ids
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["iterations"] == 10
+
+
+def test_supervised_warm_up_and_evaluation(flags, tmp_path, toy):
+    """SFT on recorded responses lowers the NLL, needs no samples, and evaluation samples held-out prompts."""
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join((toy / "data" / "test.jsonl").open().readlines()[:20]))
+    done = torchrun(
+        PROGRAM, *flags, "--prompt-data", toy / "data" / "warmup.jsonl", "--loss", "sft",
+        "--n-expert", 1, "--n-teacher", 1, "--n-self", 0, "--rollout-batch-size", 320, "--num-steps-per-rollout", 10,
+        "--train-iters", 60, "--lr", 3e-3, "--eval-prompt-data", held_out, "--eval-interval", 30,
+        "--tensor-model-parallel-size", 2, num_ranks=2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    steps = metrics_of(tmp_path / "run")
+    assert steps[0]["train/nll"] > 2.5 and steps[-1]["train/nll"] < 1.6
+    assert steps[0]["train/loss"] == steps[0]["train/nll"]
+    evaluations = json.loads((tmp_path / "run" / "results.json").read_text())["evaluations"]
+    assert list(evaluations) == ["0", "30", "60"]
+    assert all(e["eval/num_prompts"] == 20 and e["eval/failed_samples"] == 0 for e in evaluations.values())

@@ -1,0 +1,51 @@
+"""The dense float64 answer that every implementation of the operators is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Dense:
+    """log p of the labels, entropy, and the gradient of sum(grad_log_probs * log_probs + grad_entropy * entropy)."""
+
+    log_probs: Tensor  # [n] fp64
+    entropy: Tensor  # [n] fp64
+    grad: Tensor  # [n, v] fp64
+
+
+def dense_answer(
+    logits: Tensor,  # [n, v]
+    labels: Tensor,  # [n], -100: ignored
+    grad_log_probs: Tensor,  # [n]
+    grad_entropy: Tensor,  # [n]
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> Dense:
+    """Autograd through log_softmax in float64, on the rows that count and the columns that exist."""
+    live = labels != -100
+    x = logits[live, :vocab_size].double().requires_grad_()
+    log_p = (x / temperature).log_softmax(-1)
+    chosen = log_p.gather(-1, labels[live, None])[:, 0]
+    # p log p is 0 at p = 0; the inner where keeps -inf out of the gradient.
+    entropy = -(log_p.exp() * torch.where(log_p.isneginf(), 0.0, log_p)).sum(-1)
+    (chosen * grad_log_probs[live].double() + entropy * grad_entropy[live].double()).sum().backward()
+
+    log_probs, entropies = torch.zeros(2, len(labels), dtype=torch.float64, device=logits.device)
+    log_probs[live], entropies[live] = chosen.detach(), entropy.detach()
+    grad = torch.zeros(logits.shape, dtype=torch.float64, device=logits.device)
+    columns = torch.arange(x.shape[-1], device=logits.device)
+    grad[live.nonzero(), columns] = x.grad
+    return Dense(log_probs, entropies, grad)
+
+
+def assert_grad_close(grad: Tensor, expected: Tensor) -> None:
+    """Equal up to fp32 arithmetic and one rounding to the gradient's dtype, element by element."""
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    smallest = torch.finfo(grad.dtype).smallest_normal * torch.finfo(grad.dtype).eps
+    rtol = {torch.float32: 2e-5}.get(grad.dtype, torch.finfo(grad.dtype).eps * 0.51)
+    torch.testing.assert_close(grad.double(), expected, rtol=rtol, atol=3e-7 * (1.0 + scale) + smallest)

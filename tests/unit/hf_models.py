@@ -1,0 +1,49 @@
+"""Tiny random models of every family, as transformers itself saves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+SIZES = {
+    "vocab_size": 131,  # prime: every padding is real padding
+    "hidden_size": 64,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.02,
+    "pad_token_id": None,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+CONFIGS = {
+    "qwen2-tied": lambda: Qwen2Config(tie_word_embeddings=True, rope_theta=1e6, **SIZES),
+    "qwen2": lambda: Qwen2Config(tie_word_embeddings=False, **SIZES),
+    "qwen3-tied": lambda: Qwen3Config(head_dim=16, tie_word_embeddings=True, **SIZES),
+    "qwen3": lambda: Qwen3Config(head_dim=16, tie_word_embeddings=False, **SIZES),
+    "llama2": lambda: LlamaConfig(tie_word_embeddings=False, **{**SIZES, "num_key_value_heads": 8}),
+    "llama3-tied": lambda: LlamaConfig(
+        tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE, **{**SIZES, "max_position_embeddings": 131072}
+    ),
+}
+
+
+def save_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype = torch.float32, shard: str = "5GB") -> Path:
+    """Every tensor random, the norms and biases too, so that no two of them can be mistaken for each other."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:
+            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return folder
