@@ -80,6 +80,8 @@ def plan_micro_batches(
     least = max(math.ceil(num_needed / step), 1)
     most = max(math.ceil(len(lengths) / step), least)  # each sample in a micro-batch of its own
     bins = partition(least + bisect.bisect_left(range(least, most), True, key=fits))
+    # Neighbours of equal length share one attention call (training/spec.py).
+    bins = [sorted(members, key=lambda i: (lengths[i], i)) for members in bins]
     bins.sort(key=lambda members: sum(lengths[i] for i in members), reverse=True)
     rows = [bins[start : start + num_replicas] for start in range(0, len(bins), num_replicas)]
     # Back and forth, so that the first replica does not get the largest of every row.
