@@ -20,7 +20,7 @@ DEPENDENCIES = [
     "megatron-core>=0.19,<0.20 ; python_version>='3.12'",
     "psutil",  # megatron.core.dist_checkpointing hangs without it
     "numpy",
-    "transformers>=5,<6",
+    "transformers>=5.20,<6",
     "safetensors",
     "math-verify",
     "pyarrow",

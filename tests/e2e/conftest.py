@@ -1,25 +1,11 @@
 """The toy task, made with the tools that a user has: data, tokenizer and a tiny random model."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from torchrun import ROOT
+from e2e_runs import run_tool
 
 CHARACTERS = "0123456789+-*=,:"
-
-
-def run_tool(name: str, *arguments: object) -> str:
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools" / name, *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="session")
