@@ -75,7 +75,6 @@ class Collector:
     reward: Reward
     decode: Callable[[Sequence[int]], str]
     """Token ids to text, special tokens kept: a drawn <pad> in the middle of an answer must not vanish from it."""
-    eos_token_ids: frozenset[int]
     seed: int
     max_concurrent_samples: int
     _recorded_rewards: dict[tuple[int, int], float] = field(default_factory=dict)

@@ -279,7 +279,6 @@ def _workers(
         engine=engine,
         reward=build_reward(config.rollout.rm_type),
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
-        eos_token_ids=eos_token_ids,
         seed=config.optimizer.seed,
         max_concurrent_samples=config.rollout.max_concurrent_samples,
     )

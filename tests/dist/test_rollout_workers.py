@@ -1,0 +1,103 @@
+"""Every rank gets the same groups in the same order, whichever ranks collected them."""
+
+import asyncio
+import json
+
+import torch
+from ranks import run_on_ranks
+from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from gft_megatron.config import ParallelConfig
+from gft_megatron.data.order import PromptOrder
+from gft_megatron.data.prompts import prepare_prompts
+from gft_megatron.data.store import PromptStore
+from gft_megatron.rewards import build_reward
+from gft_megatron.rollout.collect import Collector, GroupRecipe
+from gft_megatron.rollout.engine import SamplingParams
+
+NUM_ROWS = 23
+
+
+def make_store(path):
+    words = {word: i for i, word in enumerate(["<eos>", *map(str, range(100))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    rows = [
+        {
+            "prompt": f"{i}",
+            "label": f"{i % 7}",
+            "responses": [
+                {"text": f"{i % 7}", "source": "expert"},
+                {"text": f"{i % 5} {i % 3}", "source": "teacher"},
+                {"text": f"{i % 7}", "source": "teacher"},
+            ],
+        }
+        for i in range(NUM_ROWS)
+    ]
+    data = path.with_suffix(".jsonl")
+    data.write_text("\n".join(map(json.dumps, rows)))
+    prepare_prompts(
+        [data],
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>"),
+        store_path=path,
+        quarantine_path=path.with_suffix(".bad"),
+        max_prompt_length=8,
+        max_response_length=8,
+        vocab_size=101,
+    )
+
+
+class NoEngine:
+    weight_version = 0
+
+    async def close(self):
+        pass
+
+
+def collect_on_rank(rank, world_size, scope, store_path, out):
+    from gft_megatron.training import cpu
+
+    cpu.install()
+    from gft_megatron.training.parallel import is_replica_leader, lay_out
+    from gft_megatron.training.rollouts import RolloutWorkers
+
+    lay_out(ParallelConfig(tensor_model_parallel_size=2))
+    has_engine = scope == "rank" or is_replica_leader()
+    assert has_engine == (scope == "rank" or rank == 0)
+    collector = Collector(
+        engine=NoEngine(), reward=build_reward("exact"), decode=str, seed=1, max_concurrent_samples=4
+    )
+    workers = RolloutWorkers(collector if has_engine else None, scope)
+    recipe = GroupRecipe(
+        n_expert=1, n_teacher=1, n_self=0, sampling=SamplingParams(max_new_tokens=1), needs_advantages=True
+    )
+    order = PromptOrder(NUM_ROWS, seed=2)
+    arguments = {"num_groups": 9, "rollout_id": 0}
+    plain = workers.collect(PromptStore(store_path), order, recipe, skip_zero_variance=True, refill=False, **arguments)
+    refilled = workers.collect(PromptStore(store_path), order, recipe, skip_zero_variance=True, refill=True, **arguments)
+    assert plain.collected.num_groups == 9 and 0 < plain.trained.num_groups < 9
+    assert refilled.trained.num_groups == 9 and refilled.collected.num_groups > 9
+    assert order.position == 9 + refilled.collected.num_groups
+    fields = {
+        f"{name}.{part}.{field}": getattr(getattr(rollout, part), field)
+        for name, rollout in (("plain", plain), ("refilled", refilled))
+        for part in ("trained", "collected")
+        for field in ("tokens", "lengths", "group_ids", "sources", "rewards", "advantages")
+    }
+    torch.save(fields, out / f"{scope}{rank}.pt")
+    workers.close()
+    asyncio.set_event_loop(None)
+
+
+def test_all_ranks_get_the_same_groups(tmp_path):
+    store = tmp_path / "prompts.arrow"
+    make_store(store)
+    for scope in ("rank", "replica"):
+        run_on_ranks(collect_on_rank, 2, scope, store, tmp_path)
+    results = [torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("rank0", "rank1", "replica0", "replica1")]
+    for other in results[1:]:
+        assert results[0].keys() == other.keys()
+        for name, tensor in results[0].items():
+            assert torch.equal(tensor, other[name]), name
+    assert results[0]["plain.collected.group_ids"].tolist() == [i for i in range(9) for _ in range(2)]

@@ -1,0 +1,213 @@
+"""Groups from an engine and a reward that fail on command: what must never become a sample, and what is counted.
+
+The engine here is scripted, because a real one does not fail when it is told to; test_local_engine.py has the real one.
+"""
+
+import asyncio
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from gft_megatron.groups import Prompt, RecordedResponse, Source, WeightSpan
+from gft_megatron.rewards import Reward, RewardError
+from gft_megatron.rollout.collect import Collector, GroupRecipe
+from gft_megatron.rollout.engine import (
+    Completion,
+    EngineFailed,
+    FinishReason,
+    RequestAborted,
+    RequestRefused,
+    RolloutEngine,
+    SamplingParams,
+)
+
+EOS = 1
+
+
+class ScriptedEngine(RolloutEngine):
+    """Draws [2, 3, EOS]; `failures[i]` is raised by the i-th request instead."""
+
+    scope = "rank"
+    weight_version = 7
+
+    def __init__(self, failures=None, truncate=False):
+        self.failures = failures or {}
+        self.truncate = truncate
+        self.requests = []
+
+    async def generate(self, request):
+        index = len(self.requests)
+        self.requests.append(request)
+        await asyncio.sleep(0)
+        if index in self.failures:
+            raise self.failures[index](request.request_id, "as told")
+        tokens = np.array([2, 3, 4] if self.truncate else [2, 3, EOS])
+        return Completion(
+            request_id=request.request_id,
+            token_ids=tokens,
+            log_probs=np.array([-1.0, -2.0, -3.0], np.float32),
+            finish_reason=FinishReason.LENGTH if self.truncate else FinishReason.STOP,
+            weight_spans=(WeightSpan(7, 0, 3),),
+        )
+
+    async def abort(self, request_ids=None):
+        raise AssertionError
+
+    async def update_weights(self, named_tensors, version):
+        raise AssertionError
+
+    async def close(self):
+        pass
+
+
+class ScriptedReward(Reward):
+    """Looks the text up; a missing one is a failure."""
+
+    def __init__(self, scores):
+        self.scores = scores
+        self.asked = Counter()
+
+    async def score(self, response, label, metadata):
+        self.asked[response] += 1
+        if response not in self.scores:
+            raise RewardError("timeout", response)
+        return self.scores[response]
+
+
+def prompt_with(*responses):
+    recorded = tuple(RecordedResponse(text, np.array([5, EOS]), source) for text, source in responses)
+    return Prompt(row=3, token_ids=np.array([8, 9]), label="x", responses=recorded)
+
+
+def collect(prompts, *, engine=None, scores=None, collector=None, rollout_id=0, **recipe):
+    recipe = {"n_expert": 0, "n_teacher": 0, "n_self": 0, "needs_advantages": True, **recipe}
+    if collector is None:
+        scores = {"2 3": 0.0, "expert": 1.0, "good": 1.0, "bad": 0.0} if scores is None else scores
+        collector = Collector(
+            engine=engine or ScriptedEngine(),
+            reward=ScriptedReward(scores),
+            decode=lambda ids: " ".join(map(str, ids)),
+            seed=5,
+            max_concurrent_samples=4,
+        )
+    full = GroupRecipe(sampling=SamplingParams(max_new_tokens=3), **recipe)
+    return asyncio.run(collector.collect(prompts, list(range(len(prompts))), full, rollout_id=rollout_id))
+
+
+def test_mixed_group_becomes_a_batch():
+    prompt = prompt_with(("expert", Source.EXPERT), ("bad", Source.TEACHER))
+    (group,), batch, counts = collect([prompt], n_expert=1, n_teacher=1, n_self=2)
+    assert [sample.source for sample in group.samples] == [0, 1, 2, 2]
+    assert batch.sources.tolist() == [0, 1, 2, 2]
+    assert batch.rewards.tolist() == [1, 0, 0, 0]
+    expected = np.array([1, 0, 0, 0]) - 0.25
+    np.testing.assert_allclose(batch.advantages.numpy(), expected / expected.std(ddof=0) * math.sqrt(3 / 4), rtol=1e-5)
+    assert batch.tokens.tolist() == [8, 9, 5, EOS, 8, 9, 5, EOS, 8, 9, 2, 3, EOS, 8, 9, 2, 3, EOS]
+    assert batch.prompt_lengths.tolist() == [2] * 4 and batch.lengths.tolist() == [4, 4, 5, 5]
+    assert batch.weight_versions.tolist() == [-1, -1, 7, 7]
+    assert batch.rollout_log_probs[-3:].tolist() == [-1, -2, -3] and batch.rollout_log_probs[:10].isnan().all()
+    assert (counts.refilled_samples, counts.failed_samples, counts.reward_errors, counts.dropped_groups) == (0, 0, 0, 0)
+
+
+def test_missing_recorded_responses_are_refilled_with_own_samples():
+    prompt = prompt_with(("expert", Source.EXPERT), ("good", Source.TEACHER))
+    (group,), _, counts = collect([prompt], n_expert=1, n_teacher=3, n_self=4)
+    assert Counter(sample.source for sample in group.samples) == {0: 1, 1: 1, 2: 6}
+    assert counts.refilled_samples == 2
+
+
+def test_more_recorded_responses_than_asked_are_drawn_anew_each_rollout():
+    prompt = prompt_with(*((f"t{i}", Source.TEACHER) for i in range(6)))
+    scores = {f"t{i}": i for i in range(6)}
+    chosen = [
+        tuple(s.text for s in collect([prompt], scores=scores, n_teacher=3, rollout_id=i)[0][0].samples)
+        for i in range(8)
+    ]
+    assert all(len(set(texts)) == 3 for texts in chosen) and len(set(chosen)) > 1
+    again = [
+        tuple(s.text for s in collect([prompt], scores=scores, n_teacher=3, rollout_id=i)[0][0].samples)
+        for i in range(8)
+    ]
+    assert chosen == again
+
+
+@pytest.mark.parametrize("failure", [EngineFailed, RequestAborted])
+def test_a_failed_request_is_tried_again_under_another_id(failure):
+    engine = ScriptedEngine({0: failure, 2: failure})
+    (group,), _, counts = collect([prompt_with(("expert", Source.EXPERT))], engine=engine, n_expert=1, n_self=1)
+    # Request 0 fails; its second try is request 1.
+    assert len(group.samples) == 2 and counts.failed_samples == 0
+    ids = [request.request_id for request in engine.requests]
+    assert len(set(ids)) == 2 and {len(i) for i in ids} == {32}
+
+
+def test_a_request_that_keeps_failing_is_left_out_and_counted():
+    engine = ScriptedEngine({i: EngineFailed for i in range(3)})
+    (group,), batch, counts = collect([prompt_with(("expert", Source.EXPERT), ("bad", Source.TEACHER))], engine=engine,
+                                      n_expert=1, n_teacher=1, n_self=1)  # fmt: skip
+    assert [sample.source for sample in group.samples] == [0, 1]
+    assert counts.failed_samples == 1 and len(engine.requests) == 3
+    assert batch.rewards.tolist() == [1, 0], "a failure must not become a reward of 0"
+
+
+def test_a_refused_request_is_not_tried_again():
+    engine = ScriptedEngine({0: RequestRefused})
+    _, _, counts = collect([prompt_with(("expert", Source.EXPERT), ("bad", Source.TEACHER))], engine=engine,
+                           n_expert=1, n_teacher=1, n_self=1)  # fmt: skip
+    assert counts.failed_samples == 1 and len(engine.requests) == 1
+
+
+def test_a_failed_score_is_no_reward_of_zero():
+    prompt = prompt_with(("expert", Source.EXPERT), ("hangs", Source.TEACHER), ("bad", Source.TEACHER))
+    (group,), batch, counts = collect([prompt], n_expert=1, n_teacher=2)
+    assert [sample.text for sample in group.samples] == ["expert", "bad"]
+    assert counts.reward_errors == 1
+    # The advantages are those of the two that were scored.
+    np.testing.assert_allclose(batch.advantages.numpy(), [math.sqrt(0.5), -math.sqrt(0.5)], rtol=1e-5)
+
+
+def test_a_group_that_lost_all_but_one_response_is_dropped():
+    prompt = prompt_with(("expert", Source.EXPERT), ("hangs", Source.TEACHER))
+    groups, batch, counts = collect([prompt, prompt_with(("good", Source.EXPERT), ("bad", Source.TEACHER))],
+                                    n_expert=1, n_teacher=1)  # fmt: skip
+    assert len(groups) == 1 and counts.dropped_groups == 1
+    assert batch.group_ids.tolist() == [1, 1]
+
+
+def test_supervised_groups_need_neither_rewards_nor_an_engine():
+    reward = ScriptedReward({})
+    collector = Collector(engine=None, reward=reward, decode=str, seed=0, max_concurrent_samples=1)
+    prompt = prompt_with(("expert", Source.EXPERT))
+    (group,), batch, counts = collect([prompt], collector=collector, n_expert=1, n_teacher=1, needs_advantages=False)
+    assert len(group.samples) == 1 and batch.advantages.tolist() == [1.0] and batch.rewards.isnan().all()
+    assert not reward.asked and counts.refilled_samples == 0
+
+
+def test_recorded_responses_are_scored_once():
+    prompt = prompt_with(("expert", Source.EXPERT), ("bad", Source.TEACHER))
+    reward = ScriptedReward({"expert": 1.0, "bad": 0.0})
+    collector = Collector(engine=ScriptedEngine(), reward=reward, decode=str, seed=0, max_concurrent_samples=1)
+    for rollout_id in range(3):
+        collect([prompt], collector=collector, n_expert=1, n_teacher=1, rollout_id=rollout_id)
+    assert reward.asked == {"expert": 1, "bad": 1}
+
+
+def test_truncated_samples_are_marked_and_keep_their_last_token():
+    prompt = prompt_with(("expert", Source.EXPERT))
+    (group,), batch, _ = collect(
+        [prompt], engine=ScriptedEngine(truncate=True), scores={"expert": 1.0, "2 3 4": 0.0}, n_expert=1, n_self=1
+    )
+    assert batch.truncated.tolist() == [False, True]
+    assert group.samples[1].text == "2 3 4"
+
+
+def test_samples_for_an_evaluation():
+    engine = ScriptedEngine({1: RequestRefused})
+    collector = Collector(
+        engine=engine, reward=ScriptedReward({"2 3": 0.5}), decode=lambda ids: " ".join(map(str, ids)), seed=0,
+        max_concurrent_samples=8,
+    )  # fmt: skip
+    drawn = asyncio.run(collector.sample([prompt_with()] * 2, 3, SamplingParams(max_new_tokens=3), name="eval/0"))
+    assert [[sample.reward for sample in samples] for samples in drawn] == [[0.5, 0.5], [0.5, 0.5, 0.5]]
