@@ -3,7 +3,7 @@
 #
 #   bash examples/quickstart.sh [--seed N] [--run-dir DIR] [flags for both training commands]
 #
-# The task is countdown: `3,5,8=7:` wants an expression of the three digits that gives 7. A model of 0.5M parameters is
+# The task is countdown: `3,5,8=7:` wants an expression of the three digits that gives 7. A model of 0.4M parameters is
 # warmed up on mixed answers (SFT), then trained by GFT on groups of 1 expert, 3 teacher and 4 own answers, on two ranks
 # under tensor parallelism. `--pipeline-model-parallel-size 2` puts the two ranks in a pipeline instead.
 set -euo pipefail
@@ -64,8 +64,8 @@ GFT_ARGS=(
     --eval-prompt-data "$run_dir/data/test.jsonl"
     --loss gft --tau 0.7 --tau-self 0 --n-expert 1 --n-teacher 3 --n-self 4
     --rollout-batch-size 16
-    --train-iters 300 --lr 1e-4 --lr-warmup-iters 10 --adam-beta2 0.95
-    --eval-interval 100 --save-interval 100
+    --train-iters 200 --lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 10 --adam-beta2 0.95
+    --eval-interval 50 --save-interval 100
 )
 
 port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }

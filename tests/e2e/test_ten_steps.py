@@ -17,7 +17,9 @@ RUNS = {
         "--rm-type", "tests/e2e/digit_reward.py:score",
     ],
     "data, bf16, distributed optimizer": ["--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce"],
-    "context, refilled groups": ["--context-parallel-size", 2, "--refill-groups", "--n-teacher", 4],
+    "context, refilled groups, random weights": [
+        "--context-parallel-size", 2, "--refill-groups", "--n-teacher", 4, "--random-init",
+    ],
 }  # fmt: skip
 
 

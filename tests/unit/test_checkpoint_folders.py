@@ -1,0 +1,58 @@
+"""Which checkpoint a run resumes from, when everything on disk may be missing, garbled or half-written."""
+
+import pytest
+
+from gft_megatron.training.checkpoint import TRACKER, CheckpointError, _remove_old, find_checkpoint
+
+
+def make(root, iteration, *files):
+    folder = root / f"iter_{iteration:07d}"
+    folder.mkdir(parents=True)
+    for name in files or ("metadata.json", "run_state.json"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+def test_never_saved_is_a_fresh_start(tmp_path):
+    assert find_checkpoint(tmp_path / "nowhere") == (None, None)
+    assert find_checkpoint(tmp_path) == (None, None)
+
+
+def test_tracker_is_followed_even_to_an_older_checkpoint(tmp_path):
+    older, _ = make(tmp_path, 4), make(tmp_path, 8)
+    (tmp_path / TRACKER).write_text("4\n")
+    assert find_checkpoint(tmp_path) == (older, None)
+
+
+@pytest.mark.parametrize("text", ["", "abc", "99", "-4", "4.0", "\x00\xff", "release", "9" * 400])
+def test_garbled_tracker_falls_back_to_the_newest_complete_folder(tmp_path, text):
+    make(tmp_path, 4)
+    newest = make(tmp_path, 8)
+    make(tmp_path, 12, "metadata.json")  # a copy that was cut off
+    (tmp_path / "iter_0000016.partial").mkdir()
+    (tmp_path / TRACKER).write_text(text, encoding="latin-1")
+    folder, warning = find_checkpoint(tmp_path)
+    assert folder == newest
+    assert TRACKER in warning and "iter_0000008" in warning
+
+
+def test_missing_tracker_falls_back_with_a_warning(tmp_path):
+    newest = make(tmp_path, 8)
+    folder, warning = find_checkpoint(tmp_path)
+    assert folder == newest and "missing" in warning
+
+
+@pytest.mark.parametrize("text", ["12", "abc", ""])
+def test_tracker_without_any_complete_folder_is_an_error(tmp_path, text):
+    """Not step 0: something was saved here and is gone."""
+    make(tmp_path, 12, "run_state.json")
+    (tmp_path / TRACKER).write_text(text)
+    with pytest.raises(CheckpointError, match=TRACKER):
+        find_checkpoint(tmp_path)
+
+
+def test_old_folders_are_removed_and_newer_ones_of_an_overtaken_run_stay(tmp_path):
+    for iteration in (2, 4, 6, 8, 20):
+        make(tmp_path, iteration)
+    _remove_old(tmp_path, keep=2, newest=8)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000006", "iter_0000008", "iter_0000020"]
