@@ -71,7 +71,8 @@ class CollectCounts:
 class Collector:
     """Makes groups of prompts. One lives on every rank that has an engine."""
 
-    engine: RolloutEngine
+    engine: RolloutEngine | None
+    """None where no sample will be drawn (SFT on recorded responses)."""
     reward: Reward
     decode: Callable[[Sequence[int]], str]
     """Token ids to text, special tokens kept: a drawn <pad> in the middle of an answer must not vanish from it."""
@@ -173,6 +174,7 @@ class Collector:
         )
 
     async def _generate(self, prompt: Prompt, sampling: SamplingParams, name: str) -> Completion | None:
+        assert self.engine is not None
         prompt_ids = tuple(prompt.token_ids.tolist())
         for attempt in count(1):
             request = GenerateRequest(_request_id(self.seed, name, attempt), prompt_ids, sampling)

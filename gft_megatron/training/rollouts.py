@@ -46,6 +46,7 @@ class RolloutWorkers:
             scope: `RolloutEngine.scope`: on which ranks the engines are.
         """
         self._collector = collector
+        self._engine = None if collector is None else collector.engine
         # Not asyncio.Runner: restoring SIGINT's handler after each call makes it print the call's whole result.
         self._loop = asyncio.new_event_loop()
         if scope == "rank":
@@ -56,11 +57,11 @@ class RolloutWorkers:
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Hand the weights to every engine. Gathering them takes all ranks, with an engine or without."""
-        if self._collector is None:
+        if self._engine is None:
             for _ in named_tensors:
                 pass
-        elif self._collector.engine.weight_version != version:
-            self._loop.run_until_complete(self._collector.engine.update_weights(named_tensors, version))
+        elif self._engine.weight_version != version:
+            self._loop.run_until_complete(self._engine.update_weights(named_tensors, version))
 
     def collect(
         self,
@@ -151,8 +152,9 @@ class RolloutWorkers:
         }
 
     def close(self) -> None:
+        if self._engine is not None:
+            self._loop.run_until_complete(self._engine.close())
         if self._collector is not None:
-            self._loop.run_until_complete(self._collector.engine.close())
             self._loop.run_until_complete(self._collector.reward.close())
         self._loop.close()
 

@@ -168,7 +168,13 @@ def _build_run(
             vocab_size=shape.vocab_size,
         ),
         recipe=recipe,
-        workers=_workers(config, recipe, hf_folder, tokenizer, device, eval_prompts is not None),
+        workers=_workers(
+            config,
+            hf_folder,
+            tokenizer,
+            device,
+            draws_samples=recipe.n_self > 0 or (eval_prompts is not None and config.output.eval_interval > 0),
+        ),
         train_prompts=train_prompts,
         eval_prompts=eval_prompts,
         order=order,
@@ -259,22 +265,23 @@ def _recipe(config: RunConfig) -> GroupRecipe:
 
 def _workers(
     config: RunConfig,
-    recipe: GroupRecipe,
     hf_folder: HfFolder,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
-    evaluates: bool,
+    *,
+    draws_samples: bool,
 ) -> RolloutWorkers:
-    eos_token_ids = frozenset({tokenizer.eos_token_id})
-    engine = LocalEngine(
-        hf_folder.path,
-        eos_token_ids=eos_token_ids,
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        max_batch_size=config.rollout.max_concurrent_samples,
-        dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
-        device=device,
-        seed=config.optimizer.seed,
-    )
+    engine = None
+    if draws_samples:
+        engine = LocalEngine(
+            hf_folder.path,
+            eos_token_ids={tokenizer.eos_token_id},
+            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            max_batch_size=config.rollout.max_concurrent_samples,
+            dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
+            device=device,
+            seed=config.optimizer.seed,
+        )
     collector = Collector(
         engine=engine,
         reward=build_reward(config.rollout.rm_type),
@@ -282,4 +289,4 @@ def _workers(
         seed=config.optimizer.seed,
         max_concurrent_samples=config.rollout.max_concurrent_samples,
     )
-    return RolloutWorkers(collector, engine.scope)
+    return RolloutWorkers(collector, LocalEngine.scope)
