@@ -30,7 +30,7 @@ bash tools/install.sh "${PYTHON:-python3}" .venv
 installed=$SECONDS
 export OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH"
 
-if [ ! -e "$run_dir/data/test.jsonl" ]; then
+if [ ! -e "$run_dir/tiny-model/config.json" ]; then
     python tools/prepare_data.py countdown --output-dir "$run_dir/data" --seed "$seed"
     python tools/make_tiny_model.py --output "$run_dir/tiny-model" --seed "$seed" \
         --characters '0123456789+-*=,:' --hidden-size 96 --num-layers 4 --intermediate-size 256 --max-position-embeddings 32

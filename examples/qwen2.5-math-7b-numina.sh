@@ -60,6 +60,7 @@ ROLLOUT_ARGS=(
     --rollout-max-response-len 2048
     --rollout-temperature 1.0
     --rollout-top-p 1.0
+    --max-concurrent-samples 64
     --rm-type math
 )
 LOSS_ARGS=(

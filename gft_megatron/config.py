@@ -135,7 +135,8 @@ class OptimizerSettings:
     adam_beta2: float = 0.999
     """AdamW's second moment."""
     num_steps_per_rollout: int = 1
-    """Optimizer steps that the groups of one rollout are divided over."""
+    """Optimizer steps that the groups of one rollout are divided over. Groups left when --train-iters is reached go
+    untrained."""
     num_epochs_per_rollout: int = 1
     """Times that the groups of one rollout are trained on."""
     max_tokens_per_gpu: int | None = None
@@ -278,6 +279,18 @@ def _require_sizes(config: RunConfig) -> None:
     for name in ("n_expert", "n_teacher", "n_self"):
         if getattr(config.rollout, name) < 0:
             raise ValueError(f"{flag_of(name)} is {getattr(config.rollout, name)}; it cannot be negative")
+    for section, name in (
+        (config.model, "make_vocab_size_divisible_by"),
+        (config.optimizer, "max_tokens_per_gpu"),
+        (config.optimizer, "micro_batch_size"),
+    ):
+        value = getattr(section, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{flag_of(name)} is {value}; it has to be at least 1")
+    if not 0 < config.rollout.rollout_temperature < math.inf:
+        raise ValueError(f"--rollout-temperature is {config.rollout.rollout_temperature}; it has to be positive")
+    if not 0 < config.rollout.rollout_top_p <= 1:
+        raise ValueError(f"--rollout-top-p is {config.rollout.rollout_top_p}; it has to be above 0 and at most 1")
     if not 0 < config.optimizer.lr < math.inf:
         raise ValueError(f"--lr is {config.optimizer.lr}; it has to be positive")
     virtual = config.parallel.virtual_pipeline_model_parallel_size

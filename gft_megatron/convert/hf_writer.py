@@ -61,7 +61,7 @@ def write_hf_folder(
             `tensors` is left where it stood: a caller whose iterable is a collective has to finish it.
     """
     target = Path(path).resolve()
-    _refuse_to_replace_what_is_not_ours(target)
+    refuse_to_replace_what_is_not_ours(target)
     partial = target.with_name(f".{target.name}.partial")
     try:
         with _naming_the_disk(target):
@@ -77,7 +77,7 @@ def write_hf_folder(
         raise
 
 
-def _refuse_to_replace_what_is_not_ours(target: Path) -> None:
+def refuse_to_replace_what_is_not_ours(target: Path) -> None:
     if not target.exists():
         return
     if not target.is_dir():

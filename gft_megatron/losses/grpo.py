@@ -2,7 +2,8 @@
 
     loss_t = -min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A),    r_t = p_t / p_old,t
 
-Only the model's own samples carry gradient: r_t of a response that p_old did not draw is no importance ratio.
+Only the model's own samples carry gradient: r_t of a response that p_old did not draw is no importance ratio. Tokens of
+recorded responses still count in the token mean, so give this loss --n-expert 0 --n-teacher 0.
 """
 
 from __future__ import annotations

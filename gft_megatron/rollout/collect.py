@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from gft_megatron.rollout.engine import (
 )
 
 _ATTEMPTS = 3
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,7 @@ class Collector:
     seed: int
     max_concurrent_samples: int
     _recorded_rewards: dict[tuple[int, int], float] = field(default_factory=dict)
+    _warned: bool = False
 
     async def collect(
         self, prompts: Sequence[Prompt], group_ids: Sequence[int], recipe: GroupRecipe, *, rollout_id: int
@@ -92,7 +95,11 @@ class Collector:
         counts = CollectCounts()
         limit = asyncio.Semaphore(self.max_concurrent_samples)
         made = await asyncio.gather(
-            *(self._group(prompt, recipe, f"{rollout_id}", limit, counts) for prompt in prompts)
+            *(
+                # A row may be drawn twice in a rollout; its group id keeps the requests apart.
+                self._group(prompt, recipe, f"{rollout_id}/{group_id}", limit, counts)
+                for prompt, group_id in zip(prompts, group_ids, strict=True)
+            )
         )
         groups = [group for group in made if group is not None]
         ids = [group_id for group, group_id in zip(made, group_ids, strict=True) if group is not None]
@@ -180,10 +187,9 @@ class Collector:
             request = GenerateRequest(_request_id(self.seed, name, attempt), prompt_ids, sampling)
             try:
                 return await self.engine.generate(request)
-            except RequestRefused:
-                return None
-            except RolloutError:
-                if attempt == _ATTEMPTS:
+            except RolloutError as error:
+                if isinstance(error, RequestRefused) or attempt == _ATTEMPTS:
+                    self._warn_once(f"a sample is left out: {error}")
                     return None
         raise AssertionError
 
@@ -191,11 +197,18 @@ class Collector:
         started = time.perf_counter()
         try:
             return await self.reward.score(text, prompt.label, prompt.metadata)
-        except RewardError:
+        except RewardError as error:
             counts.reward_errors += 1
+            self._warn_once(f"a response is left out: its reward failed: {error}")
             return None
         finally:
             counts.reward_sec = max(counts.reward_sec, time.perf_counter() - started)
+
+    def _warn_once(self, text: str) -> None:
+        """The counters tell how many; one reason is enough to look for the cause."""
+        if not self._warned:
+            self._warned = True
+            _logger.warning("%s", text)
 
 
 def _choose(responses: tuple[RecordedResponse, ...], source: Source, wanted: int, choose: random.Random) -> list[int]:

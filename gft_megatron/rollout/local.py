@@ -159,6 +159,8 @@ class LocalEngine(RolloutEngine):
 
     @torch.no_grad()
     def _draw(self, batch: list[_Pending]) -> list[Completion]:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # this thread's; a new one starts on device 0
         sampling = batch[0].request.sampling
         longest = max(len(pending.request.prompt_ids) for pending in batch)
         prompts = torch.full((len(batch), longest), self._pad_token_id)

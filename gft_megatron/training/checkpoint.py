@@ -30,7 +30,7 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
-from gft_megatron.training.model import unwrapped
+from gft_megatron.training.model import gather_updated_parameters, unwrapped
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _FOLDER = re.compile(r"iter_(\d{7})")
@@ -68,9 +68,10 @@ def save_checkpoint(
         if dist.get_rank() == 0:
             root.mkdir(parents=True, exist_ok=True)
             for stale in root.glob("iter_*.partial"):
-                shutil.rmtree(stale)
+                shutil.rmtree(stale, ignore_errors=stale != partial)
             partial.mkdir()
         dist.barrier()
+        gather_updated_parameters(chunks)
         state, metadata = _sharded_state(chunks, optimizer, is_loading=False)
         dist_checkpointing.save(state, str(partial), content_metadata=metadata)
         _random_state_file(partial).parent.mkdir(exist_ok=True)
@@ -81,7 +82,7 @@ def save_checkpoint(
         dist.barrier()
         if dist.get_rank() == 0:
             if final.exists():  # an older run of the same steps, overtaken after a resume from before it
-                shutil.rmtree(final)
+                _discard(final)
             os.rename(partial, final)
             _write_durably(root / (TRACKER + ".new"), str(iteration))
             os.replace(root / (TRACKER + ".new"), root / TRACKER)
@@ -232,7 +233,14 @@ def _is_complete(folder: Path) -> bool:
 def _remove_old(root: Path, *, keep: int, newest: int) -> None:
     numbers = sorted(int(match[1]) for folder in root.iterdir() if (match := _FOLDER.fullmatch(folder.name)))
     for number in [number for number in numbers if number <= newest][:-keep]:
-        shutil.rmtree(_folder(root, number))
+        _discard(_folder(root, number))
+
+
+def _discard(folder: Path) -> None:
+    """Not complete any more from the first moment; what cannot be removed now is left to the next save."""
+    stale = folder.with_name(folder.name + ".old.partial")
+    os.rename(folder, stale)
+    shutil.rmtree(stale, ignore_errors=True)
 
 
 def _write_durably(path: Path, text: str) -> None:

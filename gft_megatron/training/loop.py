@@ -139,7 +139,7 @@ def _log_step(
     (peak_memory,) = max_over_ranks([_peak_memory_gib()])
     figures = {
         **{f"train/{name}": value for name, value in result.metrics.items()},
-        "train/lr": run.optimizer.param_groups[0]["lr"],
+        "train/lr": result.lr,
         "train/num_tokens": float(result.num_tokens),
         "train/num_micro_batches": float(num_micro_batches),
         "train/tokens_per_sec": float(mini_batch.lengths.sum()) / training_sec,
@@ -176,7 +176,9 @@ def _evaluate(config: RunConfig, run: Run, progress: Progress, evaluations: dict
 
 def _show_samples(run: Run, progress: Progress, rollout: Rollout) -> None:
     """A group of the last rollout as text: what no curve tells."""
-    group = rollout.own_groups[0]
+    group = next(iter(rollout.own_groups), None)
+    if group is None:  # not every rank collects, and fewer prompts than ranks leave some without
+        return
     prompt = run.tokenizer.decode(group.prompt.token_ids)
     own = [sample for sample in group.samples if sample.source == Source.SELF]
     run.console.show_samples(

@@ -172,6 +172,17 @@ def wrap_in_ddp(
     return wrapped
 
 
+def gather_updated_parameters(chunks: Sequence[torch.nn.Module]) -> None:
+    """Whoever reads weights has to call this first; collective over the data-parallel ranks.
+
+    With --overlap-param-gather the distributed optimizer leaves each rank with its own slice of the new weights, and
+    gathers the rest in the next forward pass (distributed/param_and_grad_buffer.py, start_param_sync).
+    """
+    for chunk in chunks:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
 def unwrapped(chunk: torch.nn.Module) -> GPTModel:
     """The GPTModel inside DDP and Float16Module."""
     while not isinstance(chunk, GPTModel):

@@ -56,7 +56,11 @@ def lay_out(parallel: ParallelConfig, *, timeout: datetime.timedelta | None = No
 
 
 def seed_ranks(seed: int) -> None:
-    """One seed for all; Megatron's tracker gives the tensor-parallel ranks their own where they must differ."""
+    """One seed for each pipeline stage; Megatron's tracker gives its tensor-parallel ranks their own where need be.
+
+    Stages differ as in megatron/training/initialize.py: with one seed for all, their first layers would be equal.
+    """
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
 

@@ -20,7 +20,7 @@ from gft_megatron.rollout.engine import SamplingParams
 from gft_megatron.training.exchange import gather_batch, max_over_ranks, sum_over_ranks
 from gft_megatron.training.parallel import is_replica_leader
 
-_EMPTY_ROUNDS = 10
+_FRUITLESS_ROUNDS = 10
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class RolloutWorkers:
         """
         self._collector = collector
         self._engine = None if collector is None else collector.engine
+        self._version = -1
         # Not asyncio.Runner: restoring SIGINT's handler after each call makes it print the call's whole result.
         self._loop = asyncio.new_event_loop()
         if scope == "rank":
@@ -57,10 +58,13 @@ class RolloutWorkers:
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Hand the weights to every engine. Gathering them takes all ranks, with an engine or without."""
+        if version == self._version:  # known to every rank alike: the next lines are a collective
+            return
+        self._version = version
         if self._engine is None:
             for _ in named_tensors:
                 pass
-        elif self._engine.weight_version != version:
+        else:
             self._loop.run_until_complete(self._engine.update_weights(named_tensors, version))
 
     def collect(
@@ -86,12 +90,14 @@ class RolloutWorkers:
         collected = Batch.from_groups([], [], [])
         counts = CollectCounts()
         own_groups: list[Group] = []
-        drawn = 0
-        for _ in range(_EMPTY_ROUNDS):
+        drawn = most_kept = fruitless = 0
+        while fruitless < _FRUITLESS_ROUNDS:
             trained = with_variance(collected) if skip_zero_variance else collected
             kept = trained.num_groups
             if kept >= (num_groups if refill else 1):
                 return Rollout(trained, collected, counts, own_groups)
+            fruitless = 0 if kept > most_kept else fruitless + 1
+            most_kept = kept
             rows = order.take(num_groups - kept if refill else num_groups)
             groups, batch, round_counts = self._collect_share(
                 store, rows, recipe, first_id=drawn, rollout_id=rollout_id
@@ -102,7 +108,8 @@ class RolloutWorkers:
             own_groups += groups
         raise ValueError(
             f"{drawn} prompts gave {kept} groups to train on: {collected.num_groups - kept} had equal rewards, "
-            f"{counts.dropped_groups} lost their samples. Check --rm-type against the data, or start from a model that "
+            f"{counts.dropped_groups} lost their samples ({counts.failed_samples} failed to generate, "
+            f"{counts.reward_errors} to score). Check --rm-type against the data, or start from a model that "
             f"solves some of the prompts"
         )
 
@@ -125,8 +132,8 @@ class RolloutWorkers:
     def evaluate(
         self, store: PromptStore, sampling: SamplingParams, *, num_samples: int, name: str
     ) -> dict[str, float]:
-        """avg@k and pass@k (any reward above 0) over all held-out prompts, k = num_samples."""
-        totals = torch.zeros(6, dtype=torch.float64)
+        """avg@k and pass@k (any reward above 0), k = num_samples; samples that failed are left out and counted."""
+        totals = torch.zeros(7, dtype=torch.float64)
         if self._collector is not None:
             share = range(self._index, len(store), self._size)
             prompts = [store[i] for i in share]
@@ -138,17 +145,19 @@ class RolloutWorkers:
                 truncated = [sample.truncated for sample in samples]
                 solved = any(reward > 0 for reward in rewards)
                 totals += torch.tensor(
-                    [1, solved, len(samples), sum(rewards), sum(lengths), sum(truncated)], dtype=torch.float64
+                    [1, bool(samples), solved, len(samples), sum(rewards), sum(lengths), sum(truncated)],
+                    dtype=torch.float64,
                 )
-        num_prompts, solved, samples, rewards, lengths, truncated = sum_over_ranks(totals.tolist())
-        failed = num_prompts * num_samples - samples
+        num_prompts, answered, solved, samples, rewards, lengths, truncated = sum_over_ranks(totals.tolist())
+        figures = {"eval/num_prompts": num_prompts, "eval/failed_samples": num_prompts * num_samples - samples}
+        if not samples:  # an accuracy of 0 would be a claim about the model
+            return figures
         return {
-            f"eval/accuracy_avg@{num_samples}": rewards / max(samples, 1),
-            f"eval/accuracy_pass@{num_samples}": solved / max(num_prompts, 1),
-            "eval/response_length_mean": lengths / max(samples, 1),
-            "eval/truncated_frac": truncated / max(samples, 1),
-            "eval/failed_samples": failed,
-            "eval/num_prompts": num_prompts,
+            f"eval/accuracy_avg@{num_samples}": rewards / samples,
+            f"eval/accuracy_pass@{num_samples}": solved / answered,
+            "eval/response_length_mean": lengths / samples,
+            "eval/truncated_frac": truncated / samples,
+            **figures,
         }
 
     def close(self) -> None:

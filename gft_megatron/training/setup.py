@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from gft_megatron.command_line import save_config
 from gft_megatron.config import RunConfig
 from gft_megatron.convert.hf_folder import HfFolder
+from gft_megatron.convert.hf_writer import refuse_to_replace_what_is_not_ours
 from gft_megatron.convert.model_shape import ModelShape
 from gft_megatron.data.order import PromptOrder
 from gft_megatron.data.prompts import PromptStoreInfo, prepare_prompts
@@ -189,6 +190,8 @@ def _build_run(
 def _find_start(config: RunConfig, run_dir: Path) -> tuple[Path | None, str | None]:
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.yaml")
+    if config.model.hf_export is not None:
+        refuse_to_replace_what_is_not_ours(Path(config.model.hf_export).resolve())
     found = find_checkpoint(config.checkpoint_dir)
     if found[0] is None and config.output.load is not None:
         found = find_checkpoint(Path(config.output.load))
@@ -248,7 +251,12 @@ def _prompts(
         f"{name} data: {info.num_rows} prompts with {info.num_expert} expert and {info.num_teacher} teacher responses, "
         f"{info.num_bad_rows} bad rows" + (f" (see {info.quarantine_path})" if info.num_bad_rows else "")
     )
-    return PromptStore(store)
+    prompts = PromptStore(store)
+    if prompts.fingerprint != info.fingerprint:
+        raise ValueError(
+            f"{store} is another file here than on rank 0: --run-dir has to be on a disk that all nodes see"
+        )
+    return prompts
 
 
 def _recipe(config: RunConfig) -> GroupRecipe:

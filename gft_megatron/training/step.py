@@ -49,6 +49,7 @@ class StepResult:
 
     metrics: dict[str, float]
     num_tokens: int
+    lr: float
     forward_backward_sec: float
     optimizer_sec: float
 
@@ -75,17 +76,24 @@ def train_step(
             the policy that drew the samples is the one being updated.
 
     Raises:
-        FloatingPointError: the loss is not finite. Raised before the optimizer step, on every rank.
+        FloatingPointError: the loss or a gradient is not finite. Raised before the optimizer step.
     """
     started = time.perf_counter()
-    metrics, num_tokens = forward_backward(chunks, optimizer, micro_batches, objective, old_log_probs=old_log_probs)
+    try:
+        metrics, num_tokens = forward_backward(chunks, optimizer, micro_batches, objective, old_log_probs=old_log_probs)
+    except RuntimeError as error:
+        # distributed/param_and_grad_buffer.py, check_grads: a local gradient norm that is NaN or infinite.
+        if "Unexpected result" not in str(error):
+            raise
+        raise FloatingPointError("a gradient of this step is not finite, no weight was changed") from error
     if not all(map(math.isfinite, metrics.values())):
         raise FloatingPointError(f"the loss of this step is not finite, no weight was changed: {metrics}")
     computed = time.perf_counter()
+    lr = optimizer.param_groups[0]["lr"]
     _, grad_norm, _ = optimizer.step()
     scheduler.step(increment=1)
     metrics["grad_norm"] = float(grad_norm)
-    return StepResult(metrics, num_tokens, computed - started, time.perf_counter() - computed)
+    return StepResult(metrics, num_tokens, lr, computed - started, time.perf_counter() - computed)
 
 
 def forward_backward(
@@ -143,7 +151,6 @@ def _run_schedule(
     forward_only: bool,
 ) -> list[dict[str, Tensor]]:
     """What `loss_func` reported for each micro-batch, in order; empty but on the last stage."""
-    length = int(items[0][0].cu_seqlens[-1])
 
     def forward_step(iterator: Iterator[_Item], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         item = next(iterator)
@@ -155,7 +162,7 @@ def _run_schedule(
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(items),
-        seq_length=length,
+        seq_length=items[0][0].length,
         micro_batch_size=1,
         forward_only=forward_only,
     )

@@ -19,7 +19,7 @@ from gft_megatron.convert.hf_writer import write_hf_folder
 from gft_megatron.convert.mapping import merge_to_hf, tensor_spec
 from gft_megatron.convert.model_shape import ModelShape
 from gft_megatron.training.exchange import on_rank_zero
-from gft_megatron.training.model import unwrapped
+from gft_megatron.training.model import gather_updated_parameters, unwrapped
 
 _LOCAL_LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+(?=\.)")
 
@@ -44,6 +44,7 @@ def export_hf_tensors(chunks: Sequence[nn.Module], shape: ModelShape) -> Iterato
 
     Every rank gets every tensor, in the same order, and has to consume the iterator to its end.
     """
+    gather_updated_parameters(chunks)
     tensor_group = parallel_state.get_tensor_model_parallel_group()
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
     stage = parallel_state.get_pipeline_model_parallel_rank()

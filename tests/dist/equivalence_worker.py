@@ -81,6 +81,7 @@ def run_layout(name: str, folder: HfFolder, *, loss: str) -> dict:
     result["later"] = [
         steps.train_step(wrapped, optimizer, scheduler, micro_batches, objective).metrics for _ in range(3)
     ]
+    result["weights"] = {name: tensor.clone() for name, tensor in export_hf_tensors(wrapped, folder.shape)}
     dist.barrier()
     parallel_state.destroy_model_parallel()
     return result
@@ -102,6 +103,10 @@ def whole_gradients(wrapped: list, folder: HfFolder) -> dict[str, torch.Tensor]:
     gradients = {name: tensor.clone() for name, tensor in export_hf_tensors(wrapped, folder.shape)}
     for parameter, weight in weights:
         parameter.data.copy_(weight)
+    for chunk in wrapped:
+        for bucket_group in chunk.bucket_groups:
+            # No run exports before the optimizer's step: the weights gathered above are not those of the next pass.
+            bucket_group.param_gather_dispatched = False
     return gradients
 
 

@@ -88,6 +88,13 @@ def test_layout_equals_one_rank(results, family, layout):
     torch.testing.assert_close(later(other, "grad_norm"), later(one, "grad_norm"), rtol=1e-4, atol=0)
 
 
+def test_overlapped_gather_exports_the_new_weights(results):
+    """The optimizer leaves part of them to be gathered in the next forward pass; an export must not come before."""
+    overlapped, plain = (results["qwen2"][name]["weights"] for name in ("dp2overlap", "dp2distopt"))
+    assert overlapped.keys() == plain.keys()
+    assert [name for name in plain if not torch.equal(overlapped[name], plain[name])] == []
+
+
 @pytest.fixture(scope="module")
 def double_model(models):
     return AutoModelForCausalLM.from_pretrained(models["qwen2"], dtype=torch.float64)

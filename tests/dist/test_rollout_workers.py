@@ -49,10 +49,22 @@ def make_store(path):
 
 
 class NoEngine:
-    weight_version = 0
+    weight_version = -1
+
+    async def update_weights(self, named_tensors, version):
+        assert [name for name, _ in named_tensors] == ["a", "b"]
+        self.weight_version = version
 
     async def close(self):
         pass
+
+
+def gathered_tensors():
+    """Each item is a collective, as in a real export: a rank that skips it alone leaves the others waiting."""
+    for name in ("a", "b"):
+        tensor = torch.ones(1)
+        torch.distributed.all_reduce(tensor)
+        yield name, tensor
 
 
 def collect_on_rank(rank, world_size, scope, store_path, out):
@@ -69,6 +81,9 @@ def collect_on_rank(rank, world_size, scope, store_path, out):
         engine=NoEngine(), reward=build_reward("exact"), decode=str, seed=1, max_concurrent_samples=4
     )
     workers = RolloutWorkers(collector if has_engine else None, scope)
+    for version in (0, 0, 1):  # an evaluation and a rollout at the same step: the second hand-over is none
+        workers.update_weights(gathered_tensors(), version)
+        assert collector.engine.weight_version == (version if has_engine else -1)
     recipe = GroupRecipe(
         n_expert=1, n_teacher=1, n_self=0, sampling=SamplingParams(max_new_tokens=1), needs_advantages=True
     )

@@ -10,13 +10,17 @@ from torchrun import torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 RUNS = {
-    "tensor": ["--tensor-model-parallel-size", 2, "--sequence-parallel"],
+    "tensor, fewer prompts than ranks": [
+        "--tensor-model-parallel-size", 2, "--sequence-parallel", "--rollout-batch-size", 1, "--eval-interval", 5,
+    ],
     "pipeline, several steps a rollout, ratios": [
         "--pipeline-model-parallel-size", 2,
         "--loss", "grpo", "--n-expert", 0, "--n-teacher", 0, "--n-self", 8, "--num-steps-per-rollout", 2,
         "--rm-type", "tests/e2e/digit_reward.py:score",
     ],
-    "data, bf16, distributed optimizer": ["--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce"],
+    "data, bf16, distributed optimizer": [
+        "--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather",
+    ],
     "context, refilled groups, random weights": [
         "--context-parallel-size", 2, "--refill-groups", "--n-teacher", 4, "--random-init",
     ],

@@ -56,6 +56,10 @@ def test_saved_configuration_reads_back(tmp_path):
         (["--max-tokens-per-gpu", "100"], "--max-tokens-per-gpu 100 is less than --seq-length 4096"),
         (["--rollout-batch-size", "2", "--num-steps-per-rollout", "3"], "--rollout-batch-size 2"),
         (["--rm-typ", "math"], "--rm-typ"),
+        (["--make-vocab-size-divisible-by", "0"], "--make-vocab-size-divisible-by is 0"),
+        (["--micro-batch-size", "-1"], "--micro-batch-size is -1"),
+        (["--rollout-temperature", "0"], "--rollout-temperature is 0"),
+        (["--rollout-top-p", "1.5"], "--rollout-top-p is 1.5"),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_flag(arguments, message):
