@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "cpu/row_loops.h"
+#include "cpu/segment_loops.h"
 #include "params.h"
 
 #ifdef GFT_MEGATRON_WITH_CUDA
@@ -28,14 +29,30 @@ struct Cpu {
   void row_stats(const StatsParams& params) const { cpu::row_stats(params); }
   void combine_stats(const CombineParams& params) const { cpu::combine_stats(params); }
   void row_grad(const GradParams& params) const { cpu::row_grad(params); }
+  void rectified_sweep(const SweepParams& params) const { cpu::rectified_sweep(params); }
+  void segment_sums(const SegmentSumParams& params) const { cpu::segment_sums(params); }
+  void group_advantages(const GroupAdvantageParams& params) const { cpu::group_advantages(params); }
 };
 
 #ifdef GFT_MEGATRON_WITH_CUDA
 struct Cuda {
   explicit Cuda(const Tensor& tensor) : guard(tensor.device()), stream(c10::cuda::getCurrentCUDAStream()) {}
-  void row_stats(const StatsParams& params) const { C10_CUDA_CHECK(cuda::row_stats(params, stream)); }
+  void row_stats(const StatsParams& params) const {
+    const int64_t num_rows = params.shard.num_rows;
+    const int64_t splits = cuda::row_stats_splits(num_rows, params.shard.valid_width);
+    // Given back to torch's allocator on return; kernels of this stream that follow run after this one.
+    const Tensor partial =
+        splits > 1 ? at::empty({splits, num_rows, 4}, at::device(guard.current_device()).dtype(at::kFloat)) : Tensor();
+    float* partial_data = splits > 1 ? partial.mutable_data_ptr<float>() : nullptr;
+    C10_CUDA_CHECK(cuda::row_stats(params, splits, partial_data, stream));
+  }
   void combine_stats(const CombineParams& params) const { C10_CUDA_CHECK(cuda::combine_stats(params, stream)); }
   void row_grad(const GradParams& params) const { C10_CUDA_CHECK(cuda::row_grad(params, stream)); }
+  void rectified_sweep(const SweepParams& params) const { C10_CUDA_CHECK(cuda::rectified_sweep(params, stream)); }
+  void segment_sums(const SegmentSumParams& params) const { C10_CUDA_CHECK(cuda::segment_sums(params, stream)); }
+  void group_advantages(const GroupAdvantageParams& params) const {
+    C10_CUDA_CHECK(cuda::group_advantages(params, stream));
+  }
   c10::cuda::CUDAGuard guard;
   c10::cuda::CUDAStream stream;
 };
@@ -154,6 +171,59 @@ void row_grad_(const Tensor& logits, Tensor grad, const Tensor& labels, int64_t 
                    grad_entropy ? row_grad_entropy.const_data_ptr<float>() : nullptr});
 }
 
+template <typename Device>
+Tensor rectified_sweep_(const Tensor& logits, Tensor grad, const Tensor& labels, int64_t valid_vocab,
+                        double inv_temperature, const Tensor& weight, const Tensor& tau) {
+  const Device device(logits);
+  const Tensor rows = row_vector("labels", labels, logits, at::kLong);
+  const Shard shard = make_shard(logits, rows, 0, valid_vocab, inv_temperature);
+  check_grad(grad, logits);
+  const Tensor row_weight = row_vector("weight", weight, logits, at::kFloat);
+  const Tensor row_tau = row_vector("tau", tau, logits, at::kFloat);
+  Tensor log_prob = at::empty({logits.size(0)}, logits.options().dtype(at::kFloat));
+  if (shard.num_rows > 0) {
+    device.rectified_sweep({shard, grad.mutable_data_ptr(), grad.stride(0), row_weight.const_data_ptr<float>(),
+                            row_tau.const_data_ptr<float>(), log_prob.mutable_data_ptr<float>()});
+  }
+  return log_prob;
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor> segment_sums(const Tensor& values, const std::optional<Tensor>& mask,
+                                        const Tensor& segment_ids, int64_t num_segments) {
+  TORCH_CHECK_VALUE(values.dim() == 1 && values.scalar_type() == at::kFloat, "values must be [n] float32, got ",
+                    values.sizes(), " ", values.scalar_type());
+  TORCH_CHECK_VALUE(num_segments >= 0, "num_segments must not be negative, got ", num_segments);
+  const Device device(values);
+  const Tensor all = values.contiguous();
+  const Tensor ids = row_vector("segment_ids", segment_ids, values, at::kLong);
+  const Tensor live = mask ? row_vector("mask", *mask, values, at::kBool) : Tensor();
+  Tensor sums = at::empty({num_segments}, values.options());
+  Tensor counts = at::empty({num_segments}, values.options());
+  if (num_segments > 0) {
+    device.segment_sums({all.const_data_ptr<float>(), mask ? live.const_data_ptr<bool>() : nullptr,
+                         ids.const_data_ptr<int64_t>(), all.size(0), num_segments, sums.mutable_data_ptr<float>(),
+                         counts.mutable_data_ptr<float>()});
+  }
+  return {sums, counts};
+}
+
+template <typename Device>
+Tensor group_advantages(const Tensor& rewards, const Tensor& group_ids, bool divide_by_deviation, int64_t ddof,
+                        double eps) {
+  TORCH_CHECK_VALUE(rewards.dim() == 1 && rewards.scalar_type() == at::kDouble, "rewards must be [n] float64, got ",
+                    rewards.sizes(), " ", rewards.scalar_type());
+  const Device device(rewards);
+  const Tensor all = rewards.contiguous();
+  const Tensor ids = row_vector("group_ids", group_ids, rewards, at::kLong);
+  Tensor advantages = at::empty({all.size(0)}, all.options().dtype(at::kFloat));
+  if (all.size(0) > 0) {
+    device.group_advantages({all.const_data_ptr<double>(), ids.const_data_ptr<int64_t>(), all.size(0),
+                             divide_by_deviation, ddof, eps, advantages.mutable_data_ptr<float>()});
+  }
+  return advantages;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(gft_megatron, m) {
@@ -168,12 +238,25 @@ TORCH_LIBRARY(gft_megatron, m) {
       "row_grad_(Tensor logits, Tensor(a!) grad, Tensor labels, int vocab_start, int valid_vocab, "
       "float inv_temperature, Tensor max, Tensor log_sum, Tensor entropy, Tensor grad_log_prob, "
       "Tensor? grad_entropy) -> ()");
+  // Both in one sweep, where one shard is the whole row and dL/dlog_prob = -weight * (p < tau ? p : 1) -> log_prob [n]
+  m.def(
+      "rectified_sweep_(Tensor logits, Tensor(a!) grad, Tensor labels, int valid_vocab, float inv_temperature, "
+      "Tensor weight, Tensor tau) -> Tensor");
+  // values [n] fp32, mask [n] bool, segment_ids [n] int64 non-decreasing -> sums, counts [num_segments] fp32
+  m.def(
+      "segment_sums(Tensor values, Tensor? mask, Tensor segment_ids, int num_segments) -> (Tensor sums, Tensor "
+      "counts)");
+  // rewards [n] fp64, group_ids [n] int64 non-decreasing -> [n] fp32
+  m.def("group_advantages(Tensor rewards, Tensor group_ids, bool divide_by_deviation, int ddof, float eps) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(gft_megatron, CPU, m) {
   m.impl("row_stats", row_stats<Cpu>);
   m.impl("combine_stats", combine_stats<Cpu>);
   m.impl("row_grad_", row_grad_<Cpu>);
+  m.impl("rectified_sweep_", rectified_sweep_<Cpu>);
+  m.impl("segment_sums", segment_sums<Cpu>);
+  m.impl("group_advantages", group_advantages<Cpu>);
 }
 
 #ifdef GFT_MEGATRON_WITH_CUDA
@@ -181,6 +264,9 @@ TORCH_LIBRARY_IMPL(gft_megatron, CUDA, m) {
   m.impl("row_stats", row_stats<Cuda>);
   m.impl("combine_stats", combine_stats<Cuda>);
   m.impl("row_grad_", row_grad_<Cuda>);
+  m.impl("rectified_sweep_", rectified_sweep_<Cuda>);
+  m.impl("segment_sums", segment_sums<Cuda>);
+  m.impl("group_advantages", group_advantages<Cuda>);
 }
 #endif
 

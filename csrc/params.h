@@ -47,4 +47,37 @@ struct GradParams {
   const float* grad_entropy;  // null: no gradient flows into the entropy
 };
 
+// Statistics and gradient of whole rows (the only shard: vocab_start is 0) in one sweep, for a loss whose upstream
+// gradient follows from the log-prob: loss = -weight * c * log p, c = p below tau and 1 from tau on, a constant.
+struct SweepParams {
+  Shard shard;
+  void* grad;  // [n, width], may be shard.logits itself
+  int64_t grad_row_stride;
+  const float* weight;  // [n], and so all below
+  const float* tau;
+  float* log_prob;
+};
+
+// Sums over the tokens of each sequence. Segment ids do not decrease, so every segment is one stretch of values.
+struct SegmentSumParams {
+  const float* values;         // [n]
+  const bool* mask;            // [n], or null: every value counts
+  const int64_t* segment_ids;  // [n], non-decreasing
+  int64_t num_values;
+  int64_t num_segments;
+  float* sums;    // [num_segments]
+  float* counts;  // [num_segments] number of unmasked values
+};
+
+// (reward - mean) / (deviation + eps) inside each group of equal, adjacent group ids.
+struct GroupAdvantageParams {
+  const double* rewards;     // [n]
+  const int64_t* group_ids;  // [n], non-decreasing
+  int64_t num_samples;
+  bool divide_by_deviation;
+  int64_t ddof;
+  double eps;
+  float* advantages;  // [n]
+};
+
 }  // namespace gft_megatron

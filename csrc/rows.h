@@ -122,4 +122,10 @@ GFT_INLINE Coefficients coefficients(float grad_log_prob, float grad_entropy, fl
           grad_log_prob * inv_temperature};
 }
 
+// dL/dlogp of a rectified token: the weight, and below tau also the probability, which counts as a constant.
+GFT_INLINE float rectified_upstream(float log_prob, float weight, float tau) {
+  const float prob = expf(log_prob);
+  return -weight * (prob < tau ? prob : 1.0f);
+}
+
 }  // namespace gft_megatron

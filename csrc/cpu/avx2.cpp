@@ -20,7 +20,7 @@ namespace {
 #include "row_loops.inc"
 }  // namespace
 
-const RowLoops kAvx2 = {"avx2", stats_rows, grad_rows};
+const RowLoops kAvx2 = {"avx2", stats_rows, grad_rows, sweep_rows};
 
 }  // namespace gft_megatron::cpu
 

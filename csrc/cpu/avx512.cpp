@@ -22,7 +22,7 @@ namespace {
 #include "row_loops.inc"
 }  // namespace
 
-const RowLoops kAvx512 = {"avx512", stats_rows, grad_rows};
+const RowLoops kAvx512 = {"avx512", stats_rows, grad_rows, sweep_rows};
 
 }  // namespace gft_megatron::cpu
 

@@ -10,6 +10,6 @@ namespace {
 #include "row_loops.inc"
 }  // namespace
 
-const RowLoops kBaseline = {"baseline", stats_rows, grad_rows};
+const RowLoops kBaseline = {"baseline", stats_rows, grad_rows, sweep_rows};
 
 }  // namespace gft_megatron::cpu

@@ -76,4 +76,9 @@ void row_grad(const GradParams& params) {
   for_rows(params.shard.num_rows, params.shard.width, [&](int64_t begin, int64_t end) { grad(params, begin, end); });
 }
 
+void rectified_sweep(const SweepParams& params) {
+  const auto sweep = row_loops().sweep;
+  for_rows(params.shard.num_rows, params.shard.width, [&](int64_t begin, int64_t end) { sweep(params, begin, end); });
+}
+
 }  // namespace gft_megatron::cpu

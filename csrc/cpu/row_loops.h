@@ -1,15 +1,16 @@
-// The CPU implementation of row_stats and row_grad_: one table of loops for each instruction set, chosen at run time.
+// The CPU implementation of the row operators: one table of loops for each instruction set, chosen at run time.
 #pragma once
 
 #include "params.h"
 
 namespace gft_megatron::cpu {
 
-// Both run rows [begin, end) on the calling thread.
+// Each runs rows [begin, end) on the calling thread.
 struct RowLoops {
   const char* isa;
   void (*stats)(const StatsParams& params, int64_t begin, int64_t end);
   void (*grad)(const GradParams& params, int64_t begin, int64_t end);
+  void (*sweep)(const SweepParams& params, int64_t begin, int64_t end);
 };
 
 extern const RowLoops kBaseline;
@@ -23,5 +24,6 @@ const RowLoops& row_loops();
 void row_stats(const StatsParams& params);
 void combine_stats(const CombineParams& params);
 void row_grad(const GradParams& params);
+void rectified_sweep(const SweepParams& params);
 
 }  // namespace gft_megatron::cpu

@@ -7,9 +7,16 @@
 
 namespace gft_megatron::cuda {
 
-// Each returns the launch error. num_rows must be positive.
-cudaError_t row_stats(const StatsParams& params, cudaStream_t stream);
+// Thread blocks that share one row of row_stats, so that few long rows still fill the GPU. Above 1, row_stats needs
+// `partial` [splits, n, 4] fp32 to keep what each block found.
+int64_t row_stats_splits(int64_t num_rows, int64_t width);
+
+// Each returns the launch error. The number of rows, segments or samples must be positive.
+cudaError_t row_stats(const StatsParams& params, int64_t splits, float* partial, cudaStream_t stream);
 cudaError_t combine_stats(const CombineParams& params, cudaStream_t stream);
 cudaError_t row_grad(const GradParams& params, cudaStream_t stream);
+cudaError_t rectified_sweep(const SweepParams& params, cudaStream_t stream);
+cudaError_t segment_sums(const SegmentSumParams& params, cudaStream_t stream);
+cudaError_t group_advantages(const GroupAdvantageParams& params, cudaStream_t stream);
 
 }  // namespace gft_megatron::cuda
