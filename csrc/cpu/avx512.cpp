@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 #if defined(__x86_64__)
+#include <immintrin.h>
 
 // After the system headers: an inline function of theirs, compiled for this target, could be linked into other files.
 #define GFT_TARGET_HAS_FMA
@@ -11,6 +12,8 @@
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512"))), \
     apply_to = function)
 #else
+// GCC's own header initialises the unused operand of an intrinsic with itself (its bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
 #endif
 
@@ -19,7 +22,11 @@
 
 namespace gft_megatron::cpu {
 namespace {
+// clang-format off
+#include "element.inc"
+#include "vector_avx512.inc"
 #include "row_loops.inc"
+// clang-format on
 }  // namespace
 
 const RowLoops kAvx512 = {"avx512", stats_rows, grad_rows, sweep_rows};

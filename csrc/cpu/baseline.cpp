@@ -7,7 +7,11 @@
 
 namespace gft_megatron::cpu {
 namespace {
+// clang-format off
+#include "element.inc"
+#include "vector_portable.inc"
 #include "row_loops.inc"
+// clang-format on
 }  // namespace
 
 const RowLoops kBaseline = {"baseline", stats_rows, grad_rows, sweep_rows};

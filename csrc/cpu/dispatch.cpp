@@ -21,10 +21,12 @@ std::vector<const RowLoops*> supported_loops() {
   std::vector<const RowLoops*> loops = {&kBaseline};
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) loops.push_back(&kAvx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    loops.push_back(&kAvx2);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
     loops.push_back(&kAvx512);
+    if (__builtin_cpu_supports("avx512bf16")) loops.push_back(&kAvx512Bf16);
   }
 #endif
   return loops;

@@ -16,8 +16,10 @@ struct RowLoops {
 extern const RowLoops kBaseline;
 extern const RowLoops kAvx2;
 extern const RowLoops kAvx512;
+extern const RowLoops kAvx512Bf16;
 
-// The widest that this processor has; the environment variable GFT_MEGATRON_ISA=baseline|avx2|avx512 overrides it.
+// The widest that this processor has; the environment variable GFT_MEGATRON_ISA=baseline|avx2|avx512|avx512_bf16
+// overrides it.
 const RowLoops& row_loops();
 
 // Threaded over rows.

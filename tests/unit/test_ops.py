@@ -390,7 +390,7 @@ def test_reference_mode_matches_dense(monkeypatch: pytest.MonkeyPatch, dtype: to
     check_against_dense(logits, labels.clamp(max=989), vocab_size=990)
 
 
-ISAS = ["baseline", "avx2", "avx512"]
+ISAS = ["baseline", "avx2", "avx512", "avx512_bf16"]
 
 
 @pytest.mark.skipif(build_info()["isa"] not in ISAS, reason="no choice of instruction sets on this machine")
