@@ -7,6 +7,7 @@ alignment), 151936 spans many cache blocks.
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -399,7 +400,8 @@ def test_narrower_instruction_sets(isa: str) -> None:
     environment = os.environ | {"GFT_MEGATRON_ISA": isa}
     python = [sys.executable, "-c", "from gft_megatron.ops import build_info; print(build_info()['isa'])"]
     assert subprocess.run(python, env=environment, capture_output=True, text=True).stdout.strip() == isa
-    select = ["-k", "matches_dense or any_width or never_hidden or reference_agrees"]
-    pytest_again = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, *select]
+    select = ["-k", "matches_dense or any_width or never_hidden or reference_agrees or rounded_once"]
+    files = [__file__, str(Path(__file__).with_name("test_ops_rounding.py"))]
+    pytest_again = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *select]
     result = subprocess.run(pytest_again, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
