@@ -10,7 +10,7 @@ seconds: wall clock, or the GPU's own clock; with tensor parallelism until the l
 cpu_seconds: user + system time of all threads of the process, the mean of the ranks. null on a GPU.
 gb_per_s: the least bytes (read, read again, write: 3 * size of the logits of one rank) / seconds; `copy` moves 2 *.
 floor_share: the time that the least bytes take at the speed of `copy` / the time; with --linear, the time of the three
-    bare matrix products / the time. In CPU-seconds on a CPU.
+    bare matrix products / the time (their share, where tokens are ignored). In CPU-seconds on a CPU.
 peak_extra_bytes: the most memory held at one time beyond what was held before, of the rank with the most.
 collectives: started on the tensor-parallel group by one forward + backward.
 max_abs_error: of the per-token loss and of the gradient of its sum, against float64, on 8 rows spread over all.
@@ -29,6 +29,7 @@ import re
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,12 @@ class BenchLoss:
                 raise ValueError(
                     f"--device cuda --tensor-parallel {size} needs {size} GPUs, found {torch.cuda.device_count()}"
                 )
+        if self.device == "cuda" and not ops.build_info()["cuda"]:
+            raise ValueError("--device cuda, but gft_megatron was built without its CUDA operators: build it again")
+        for name in ("json", "markdown", "picture"):
+            path = getattr(self, name)
+            if path is not None and not path.parent.is_dir():  # said now and not when everything has been measured
+                raise ValueError(f"--{name} {path}: there is no folder {path.parent}")
         if self.linear and set(self.tensor_parallel) != {1}:
             raise ValueError("--linear measures one rank: leave --tensor-parallel at 1")
         if not 0.0 <= self.ignored_share < 1.0:
@@ -144,6 +151,7 @@ class Candidate:
     run: Callable[..., Result | None]
     with_entropy: bool = False
     floor: float | None = None  # the floor is this many times this candidate's time
+    work: float = 1.0  # the share of the floor's work that this candidate cannot avoid
     ours: bool = False  # if not: an error leaves it out instead of ending the run
 
 
@@ -353,19 +361,21 @@ class LinearProblem:
         yield Candidate(TORCH_LINEAR, self._per_token(_torch_linear, self.labels))
         yield _where_it_runs("Liger fused linear cross entropy", self.settings.device, self._liger)
         yield Candidate("logits + ours in place", self._per_token(_logits_and_ours, self.labels), ours=True)
-        for share, labels in ((0.0, self.labels), (self.settings.ignored_share, self.some_labels)):
-            ending = f", {share:.0%} ignored" if share else ""
-            if share or labels is self.labels:
-                yield from self._ours(ending, labels)
+        yield from self._ours("", self.labels, 1.0)
+        share = self.settings.ignored_share
+        if share:
+            yield from self._ours(f", {share:.0%} ignored", self.some_labels, 1.0 - share)
 
-    def _ours(self, ending: str, labels: Tensor) -> Iterator[Candidate]:
+    def _ours(self, ending: str, labels: Tensor, work: float) -> Iterator[Candidate]:
         if hasattr(ops, "linear_log_probs"):
-            yield Candidate(LINEAR + ending, self._per_token(_linear_log_probs, labels), ours=True)
+            run = self._per_token(_linear_log_probs, labels)
+            yield Candidate(LINEAR + ending, run, work=work, ours=True)
             if self.settings.entropy:
                 run = self._per_token(_linear_log_probs_and_entropy, labels)
-                yield Candidate(f"{LINEAR} + entropy{ending}", run, with_entropy=True, ours=True)
+                yield Candidate(f"{LINEAR} + entropy{ending}", run, with_entropy=True, work=work, ours=True)
         if hasattr(ops, "linear_loss"):
-            yield Candidate(f"linear_loss{ending}", functools.partial(self._linear_loss, labels), ours=True)
+            run = functools.partial(self._linear_loss, labels)
+            yield Candidate(f"linear_loss{ending}", run, work=work, ours=True)
 
     def _per_token(
         self, loss_of: Callable[[Tensor, Tensor, Tensor], Tensor], labels: Tensor
@@ -435,7 +445,7 @@ class Measured:
     max_abs_error: float | None = None
 
 
-def _measure_problem(
+def measure_problem(
     problem: Problem, settings: BenchLoss, tp_group: dist.ProcessGroup, say: Callable[[str], None]
 ) -> tuple[dict[str, Measured], list[Candidate], list[str]]:
     candidates, reasons = [], []
@@ -544,8 +554,9 @@ def _error(result: Result, rows: Tensor, expected: Result, num_tokens: int) -> f
 
 
 def _run_rank(rank: int, settings: BenchLoss, size: int, folder: Path) -> None:
-    # Compiling in this process leaves no other behind; warnings of other projects are not this tool's output.
-    os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
+    warnings.simplefilter("ignore")  # other projects' deprecations are not this tool's output
+    # Compiling in this process leaves no other behind.
+    os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(settings.threads)
     if settings.device == "cuda":
         torch.cuda.set_device(rank)
@@ -578,14 +589,14 @@ def _measure_dtypes(settings: BenchLoss, tp_group: dist.ProcessGroup) -> tuple[l
         say("making the inputs")
         problem_type = LinearProblem if settings.linear else LogitsProblem
         problem = problem_type(settings, DTYPES[dtype], tp_group)
-        measured, candidates, left_out = _measure_problem(problem, settings, tp_group, say)
+        measured, candidates, left_out = measure_problem(problem, settings, tp_group, say)
         ranks: list[dict[str, Measured]] = [{} for _ in range(size)]
         dist.all_gather_object(ranks, measured, group=tp_group)
         by_candidate = [(candidate, [rank[candidate.name] for rank in ranks]) for candidate in candidates]
         rows += _rows(by_candidate, settings, dtype, problem.floor_bytes)
-        reasons += [f"{title}: {reason}" for reason in left_out]
-        if measured and any(it.peak_extra_bytes is None for it in measured.values()):
-            reasons.append(f"{title}: peak_extra_bytes: this system refuses /proc/self/clear_refs")
+        if any(it.peak_extra_bytes is None for it in measured.values()):
+            left_out.append("extra MB: this system refuses /proc/self/clear_refs")
+        reasons += [f"{reason} ({title})" for reason in left_out]
         del problem
     return rows, reasons
 
@@ -618,7 +629,11 @@ def _rows(
                 seconds=seconds,
                 cpu_seconds=cpu_seconds,
                 gb_per_s=None if moved is None else moved / seconds / 1e9,
-                floor_share=1.0 if candidate.floor is not None else None if floor is None else floor / cost,
+                floor_share=1.0
+                if candidate.floor is not None
+                else None
+                if floor is None
+                else candidate.work * floor / cost,
                 peak_extra_bytes=None if None in peaks else max(peaks),
                 collectives=max(it.collectives for it in ranks),
                 max_abs_error=None if None in errors else max(errors),
@@ -649,7 +664,16 @@ def measure(settings: BenchLoss) -> tuple[list[Row], list[str]]:
             found, left_out = json.loads((folder / "rows.json").read_text())
         rows += [Row(**row) for row in found]
         reasons += left_out
-    return rows, reasons
+    return rows, _merged(reasons)
+
+
+def _merged(reasons: list[str]) -> list[str]:
+    """One line a reason, with all the sections that it holds for: `what: why (fp32 TP1, bf16 TP1)`."""
+    sections: dict[str, list[str]] = {}
+    for reason in reasons:
+        text, _, section = reason.rpartition(" (")
+        sections.setdefault(text, []).append(section.rstrip(")"))
+    return [f"{text} ({', '.join(names)})" for text, names in sections.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -684,23 +708,30 @@ def ratios(rows: list[Row]) -> list[str]:
     lines = []
     for dtype, size in dict.fromkeys((row.dtype, row.tensor_parallel) for row in rows):
         found = {row.name: row for row in rows if (row.dtype, row.tensor_parallel) == (dtype, size)}
-        said = []
-        for name, base in found.items():
-            if name.startswith((f"{OURS} +", "ours one sweep")):
-                said.append(f"{name} takes {base.cost / found[OURS].cost:.2f}x the time of {OURS}")
-            elif OURS in found and name not in (COPY, OURS):
-                said.append(f"{base.cost / found[OURS].cost:.1f}x as fast as {name}")
-        for name, row in found.items():
-            if name.startswith("linear_") and TORCH_LINEAR in found:
-                said.append(f"{name} takes {row.cost / found[GEMMS].cost:.2f}x the time of {GEMMS}")
-                naive = found[TORCH_LINEAR].peak_extra_bytes
-                if row.peak_extra_bytes is not None and naive:
-                    said[-1] += f" and {row.peak_extra_bytes / naive:.2f}x the memory of {TORCH_LINEAR}"
-                whole, comma, _ = name.partition(",")
-                if comma:
-                    said[-1] += f", {row.cost / found[whole].cost:.2f}x the time of {whole}"
-        lines += [f"{dtype} TP{size}: {OURS if OURS in found and 'as fast' in text else ''} {text}" for text in said]
-    return [re.sub(" +", " ", line) for line in lines]
+        said = _linear_ratios(found) if GEMMS in found else _logits_ratios(found)
+        lines += [f"{dtype} TP{size}: {text}" for text in said]
+    return lines
+
+
+def _logits_ratios(found: dict[str, Row]) -> Iterator[str]:
+    for name, row in found.items():
+        if name.startswith((f"{OURS} +", "ours one sweep")):
+            yield f"{name} takes {row.cost / found[OURS].cost:.2f}x the time of {OURS}"
+        elif name not in (COPY, OURS):
+            yield f"{OURS} is {row.cost / found[OURS].cost:.1f}x as fast as {name}"
+
+
+def _linear_ratios(found: dict[str, Row]) -> Iterator[str]:
+    for name, row in found.items():
+        if name in (GEMMS, TORCH_LINEAR):
+            continue
+        whole, comma, _ = name.partition(",")
+        base = whole if comma else GEMMS
+        text = f"{name} takes {row.cost / found[base].cost:.2f}x the time of {base}"
+        naive = found[TORCH_LINEAR].peak_extra_bytes
+        if row.peak_extra_bytes is not None and naive:
+            text += f" and {row.peak_extra_bytes / naive:.2f}x the memory of {TORCH_LINEAR}"
+        yield text
 
 
 def machine(settings: BenchLoss) -> str:
@@ -776,7 +807,7 @@ def draw(rows: list[Row], settings: BenchLoss, path: Path) -> None:
         colours = ["#2a7f62" if _is_ours(row) else "#b8bec6" for row in shown]
         places = range(len(shown))
         drawn = axis.barh(places, times, color=colours)
-        axis.bar_label(drawn, [f"{value:,.3g}" if value < 1e3 else f"{value:,.0f}" for value in times], padding=3)
+        axis.bar_label(drawn, [f"{value:,.1f}" if value < 100 else f"{value:,.0f}" for value in times], padding=3)
         axis.set_yticks(places, [row.name for row in shown])
         axis.invert_yaxis()
         floors = [row.cost * 1e3 * row.floor_share for row in shown if row.floor_share is not None]
@@ -787,7 +818,7 @@ def draw(rows: list[Row], settings: BenchLoss, path: Path) -> None:
         axis.set_xlim(0, max(times) * 1.12)
         axis.set_title(f"{dtype}, tensor parallel {size}", loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1, 0].set_xlabel(f"forward + backward, {unit}\n{machine(settings)}", fontsize=8)
+    figure.supxlabel(f"forward + backward, {unit}\n{machine(settings)}", fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
