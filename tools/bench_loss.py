@@ -5,14 +5,21 @@ python tools/bench_loss.py --device cuda --dtype bf16 --num-tokens 8192 --tensor
 python tools/bench_loss.py --linear --hidden-size 896 --num-tokens 2048 --dtype bf16 --ignored-share 0.75
 
 The candidates take turns, and the smallest time of all rounds counts. Each finds fresh logits, which no time is taken
-for. What the columns are:
+for. The fields of a row:
+
 seconds: wall clock, or the GPU's own clock; with tensor parallelism until the last rank is done.
-cpu_seconds: user + system time of all threads of the process, the mean of the ranks. null on a GPU.
-gb_per_s: the least bytes (read, read again, write: 3 * size of the logits of one rank) / seconds; `copy` moves 2 *.
-floor_share: the time that the least bytes take at the speed of `copy` / the time; with --linear, the time of the three
-    bare matrix products / the time (their share, where tokens are ignored). In CPU-seconds on a CPU.
+
+cpu_seconds: user + system time of all threads of a process, the mean of the ranks. null on a GPU.
+
+gb_per_s: the least bytes (read, read again, write: 3 times the logits of one rank) / seconds; `copy` moves 2 times them.
+
+floor_share: the time that the least bytes take at the speed of `copy` / the time. With --linear, the time of the three
+bare matrix products (its share, where tokens are ignored) / the time. In CPU-seconds on a CPU.
+
 peak_extra_bytes: the most memory held at one time beyond what was held before, of the rank with the most.
+
 collectives: started on the tensor-parallel group by one forward + backward.
+
 max_abs_error: of the per-token loss and of the gradient of its sum, against float64, on 8 rows spread over all.
 """
 
