@@ -11,7 +11,7 @@ seconds: wall clock, or the GPU's own clock; with tensor parallelism until the l
 
 cpu_seconds: user + system time of all threads of a process, the mean of the ranks. null on a GPU.
 
-gb_per_s: the least bytes (read, read again, write: 3 times the logits of one rank) / seconds; `copy` moves 2 times them.
+gb_per_s: the least bytes (read, read again, write: 3 times the logits of a rank) / seconds; `copy` moves 2 times them.
 
 floor_share: the time that the least bytes take at the speed of `copy` / the time. With --linear, the time of the three
 bare matrix products (its share, where tokens are ignored) / the time. In CPU-seconds on a CPU.
