@@ -14,6 +14,8 @@ from programs import CHECKOUT, load_program
 
 bench_loss = load_program("tools/bench_loss.py")
 
+pytestmark = pytest.mark.slow
+
 FIELDS = {
     "name", "device", "dtype", "tensor_parallel", "seconds", "cpu_seconds", "gb_per_s", "floor_share",
     "peak_extra_bytes", "collectives", "max_abs_error",
