@@ -11,12 +11,14 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tyro
 import yaml
 
 from gft_megatron.config import RunConfig, flag_of
+
+Settings = TypeVar("Settings")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
@@ -29,19 +31,25 @@ def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
     file_values, argv = _read_config_file(argv)
     # A file's values become flags in front of the real ones, so that both meet the same checks.
     argv = [*_as_flags(file_values), *argv]
+    return parse_flags(
+        RunConfig, argv, config=(tyro.conf.OmitArgPrefixes,), description="Group Fine-Tuning on Megatron-Core."
+    )
+
+
+def parse_flags(settings_type: type[Settings], argv: Sequence[str] | None = None, **tyro_options: Any) -> Settings:
+    """tyro.cli without its box around an error.
+
+    Raises:
+        ValueError: in one line, what was wrong with which flag.
+    """
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                RunConfig,
-                args=argv,
-                config=(tyro.conf.OmitArgPrefixes,),
-                description="Group Fine-Tuning on Megatron-Core.",
-            )
+            return tyro.cli(settings_type, args=argv, **tyro_options)
     except SystemExit as exit_:
         if not exit_.code:
             raise
-        raise ValueError(_first_sentence(complaint.getvalue())) from None
+        raise ValueError(_first_sentence(complaint.getvalue(), settings_type.__name__)) from None
 
 
 def _read_config_file(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -77,7 +85,7 @@ def _as_flags(values: dict[str, Any]) -> list[str]:
     return flags
 
 
-def _first_sentence(boxed: str) -> str:
+def _first_sentence(boxed: str, settings_name: str) -> str:
     """tyro explains an error in a box, first what is wrong, then a rule, then help: keep what is wrong."""
     words: list[str] = []
     for line in boxed.splitlines():
@@ -87,7 +95,7 @@ def _first_sentence(boxed: str) -> str:
         if text.startswith("\u2500"):
             break
         words += text.split()
-    return " ".join(words).removeprefix("Error parsing RunConfig: ")
+    return " ".join(words).removeprefix(f"Error parsing {settings_name}: ")
 
 
 def save_config(config: RunConfig, path: Path) -> None:
