@@ -67,3 +67,9 @@ def test_a_gradient_that_overlaps_its_logits_is_refused() -> None:
         OPS.row_grad_(memory[:2], memory[1:], labels, 0, 8, 1.0, row, row, row, row, None)
     with pytest.raises(ValueError, match="starts where logits does with other strides"):
         OPS.row_grad_(memory[:2, :4], memory.view(-1)[:8].view(2, 4), labels, 0, 4, 1.0, row, row, row, row, None)
+
+
+def test_no_rows_have_no_overlap() -> None:
+    logits, wide = torch.zeros(0, 8), torch.zeros(0, 16)[:, :8]
+    none = torch.zeros(0)
+    OPS.row_grad_(logits, wide, none.long(), 0, 8, 1.0, none, none, none, none, None)
