@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from programs import CHECKOUT, load_program
-
-bench_loss = load_program("tools/bench_loss.py")
+from bench.candidates import Candidate
+from bench.settings import BenchLoss
+from bench.timing import measure_problem
+from programs import CHECKOUT
 
 pytestmark = pytest.mark.slow
 
@@ -155,7 +156,7 @@ def test_candidate_that_fails_is_left_out_and_ours_is_not() -> None:
 
     class Failing:
         def __init__(self, ours: bool) -> None:
-            self.one = bench_loss.Candidate("theirs", fail, ours=ours)
+            self.one = Candidate("theirs", fail, ours=ours)
 
         def fresh(self) -> tuple[None]:
             return (None,)
@@ -166,8 +167,8 @@ def test_candidate_that_fails_is_left_out_and_ours_is_not() -> None:
         def expected(self, with_entropy: bool) -> tuple:
             return (None, None)
 
-    settings = bench_loss.BenchLoss(repeats=1)
-    measured, candidates, reasons = bench_loss.measure_problem(Failing(False), settings, None, lambda text: None)
+    settings = BenchLoss(repeats=1)
+    measured, candidates, reasons = measure_problem(Failing(False), settings, None, lambda text: None)
     assert (measured, candidates, reasons) == ({}, [], ["theirs: NotImplementedError: no such kernel"])
     with pytest.raises(NotImplementedError):
-        bench_loss.measure_problem(Failing(True), settings, None, lambda text: None)
+        measure_problem(Failing(True), settings, None, lambda text: None)
