@@ -17,18 +17,24 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 WORKER = Path(__file__).with_name("equivalence_worker.py")
 LAYOUTS = {
     "qwen2": {
-        1: ["one"],
-        2: ["tp2", "tp2sp", "pp2", "pp2vpp2", "dp2", "dp2distopt", "dp2overlap", "cp2"],
-        4: ["tp2pp2", "tp2pp2sp", "tp2cp2"],
+        1: ["one", "one+fused"],
+        2: [
+            "tp2", "tp2sp", "pp2", "pp2vpp2", "dp2", "dp2distopt", "dp2overlap", "cp2",
+            "tp2+fused", "tp2sp+fused", "pp2+fused", "pp2vpp2+fused", "dp2+fused", "dp2overlap+fused", "cp2+fused",
+        ],
+        4: ["tp2pp2", "tp2pp2sp", "tp2cp2", "tp2pp2sp+fused", "tp2cp2+fused"],
     },
-    "qwen3": {1: ["one"], 2: ["tp2", "tp2sp", "pp2", "cp2"]},
-}
+    "qwen3": {
+        1: ["one"],
+        2: ["tp2", "tp2sp", "pp2", "cp2", "tp2sp+fused", "pp2vpp2+fused", "dp2overlap+fused"],
+    },
+}  # fmt: skip
 CASES = [
     (family, name)
     for family, by_ranks in LAYOUTS.items()
     for num_ranks, names in by_ranks.items()
     for name in names
-    if num_ranks > 1
+    if name != "one"
 ]
 # Wide initial weights: probabilities on both sides of tau, and gradients worth comparing.
 MODEL = {**SIZES, "num_hidden_layers": 4, "initializer_range": 0.15}
