@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 TILE_BYTES = 64 * 2**20
-"""Logits of a tile of linear_log_probs, and the product that is added to an fp32 sum at a time."""
+"""Logits of a tile of linear_log_probs, and the fp32 sum of a tile's weight gradient."""
 LEAST_COLUMNS = 1024
 """Narrower tiles would spend their time on adding up d hidden."""
 _COLUMN_MULTIPLE = 64  # rows of a tile start at multiples of 128 bytes, and matrix products like it
@@ -207,14 +207,13 @@ class LogitsBuffer:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:  # [i, j] fp32 += [i, k] @ [k, j]
-    """Exact products of any dtype, summed in fp32. On CPU a 16-bit product is rounded once before it is added: its
-    matrix products cannot give fp32."""
+    """Add a product in fp32. On CPU one of 16-bit matrices is rounded before it is added: no fp32 comes out of it."""
     if a.dtype == torch.float32:
         total.addmm_(a, b)
         return
-    options = {"out_dtype": torch.float32} if a.is_cuda else {}
-    step = max(TILE_BYTES // 4 // b.shape[1], 1)
-    for rows in spans(len(total), step):
+    # A part at a time: no second matrix of the total's size, and on CPU one that stays in the cache.
+    product_bytes, options = (TILE_BYTES, {"out_dtype": torch.float32}) if a.is_cuda else (TILE_BYTES // 16, {})
+    for rows in spans(len(total), max(product_bytes // (4 * b.shape[1]), 1)):
         total[rows].add_(torch.mm(a[rows], b, **options))
 
 
@@ -222,9 +221,11 @@ def spans(length: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
-def column_spans(num_rows: int, shard: VocabShard, element_size: int) -> list[slice]:
-    """The tiles of a shard whose logits of `num_rows` rows take TILE_BYTES, LEAST_COLUMNS if that is more."""
-    width = max(TILE_BYTES // (max(num_rows, 1) * element_size), LEAST_COLUMNS)
+def column_spans(num_rows: int, shard: VocabShard, hidden: Tensor) -> list[slice]:
+    """The tiles of a shard: neither the logits of `num_rows` rows nor an fp32 gradient of the tile's weights takes more
+    than TILE_BYTES, unless LEAST_COLUMNS do."""
+    bytes_per_column = max(num_rows * hidden.element_size(), 4 * hidden.shape[-1])
+    width = max(TILE_BYTES // bytes_per_column, LEAST_COLUMNS)
     return list(spans(shard.num_columns, -(-width // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE))
 
 

@@ -138,7 +138,7 @@ def _statistics(
 ) -> Tensor:  # [n, 4]
     ops = row_ops(hidden.device)
     chunk = min(chunk_tokens, len(hidden))
-    tiles = column_spans(chunk, shard, hidden.element_size()) or [slice(0, 0)]
+    tiles = column_spans(chunk, shard, hidden) or [slice(0, 0)]
     buffer = LogitsBuffer(hidden, chunk, tiles[0].stop)
     stats = torch.empty((len(hidden), 4), device=hidden.device)
     for rows in spans(len(hidden), chunk_tokens):
@@ -180,33 +180,49 @@ def _gradients(
     """d hidden [t, H] summed over the ranks, d weight [v/p, H] (None where it went to `main_grad`)."""
     ops = row_ops(hidden.device)
     chunk = min(chunk_tokens, len(hidden))
-    tiles = column_spans(chunk, shard, hidden.element_size())
-    buffer = LogitsBuffer(hidden, chunk, tiles[0].stop if tiles else 0)
+    tiles = column_spans(chunk, shard, hidden)
+    width = tiles[0].stop if tiles else 0
+    buffer = LogitsBuffer(hidden, chunk, width)
     grad_hidden = torch.zeros(hidden.shape, device=hidden.device) if needs_hidden else None
-    grad_weight = torch.empty_like(weight) if needs_weight and main_grad is None else None
-    if grad_weight is not None:
-        grad_weight[shard.num_columns :].zero_()
+    grad_weight = _WeightGradient(weight, main_grad, shard.num_columns, width) if needs_weight else None
     for columns in tiles:
         place = shard.gradient_arguments(columns.start, columns.stop - columns.start)
-        # One rounding to the weight's dtype, after all tokens.
-        if not needs_weight:
-            tile_grad = None
-        elif main_grad is not None:
-            tile_grad = main_grad[columns]
-        elif grad_weight.dtype == torch.float32:
-            tile_grad = grad_weight[columns].zero_()
-        else:
-            tile_grad = torch.zeros((columns.stop - columns.start, hidden.shape[1]), device=hidden.device)
+        tile_sum = None if grad_weight is None else grad_weight.sum_of(columns)
         for rows in spans(len(hidden), chunk_tokens):
             logits = buffer.product(hidden[rows], weight[columns])
             pieces = [None if vector is None else vector[rows] for vector in vectors]
             ops.row_grad_(logits, logits, tokens.labels[rows], *place, *pieces)
             if grad_hidden is not None:
                 add_product(grad_hidden[rows], logits, weight[columns])
-            if tile_grad is not None:
-                add_product(tile_grad, logits.t(), hidden[rows])
-        if grad_weight is not None and tile_grad.dtype != grad_weight.dtype:
-            grad_weight[columns] = tile_grad
-    if grad_hidden is None:
-        return None, grad_weight
-    return start_hidden_reduction(grad_hidden.to(hidden.dtype), tokens, shard)(), grad_weight
+            if tile_sum is not None:
+                add_product(tile_sum, logits.t(), hidden[rows])
+        if grad_weight is not None:
+            grad_weight.round(columns)
+    if grad_hidden is not None:
+        grad_hidden = start_hidden_reduction(grad_hidden.to(hidden.dtype), tokens, shard)()
+    return grad_hidden, None if grad_weight is None else grad_weight.whole
+
+
+class _WeightGradient:
+    """d weight, tile after tile: products of all chunks are summed in fp32 and rounded once."""
+
+    def __init__(self, weight: Tensor, main_grad: Tensor | None, num_columns: int, width: int) -> None:
+        self.whole: Tensor | None = None
+        """[v/p, H] in the weight's dtype; None where all goes to `main_grad`."""
+        self._sums = main_grad
+        if main_grad is None:
+            self.whole = torch.empty_like(weight)
+            self.whole[num_columns:].zero_()
+            is_exact = weight.dtype == torch.float32
+            self._sums = self.whole if is_exact else torch.empty((width, weight.shape[1]), device=weight.device)
+        self._is_apart = self.whole is not None and self._sums is not self.whole
+
+    def sum_of(self, columns: slice) -> Tensor:  # [w, H] fp32
+        """What the products of this tile are to be added to."""
+        if self._is_apart:
+            return self._sums[: columns.stop - columns.start].zero_()
+        return self._sums[columns] if self.whole is None else self._sums[columns].zero_()
+
+    def round(self, columns: slice) -> None:
+        if self._is_apart:
+            self.whole[columns] = self._sums[: columns.stop - columns.start]

@@ -10,6 +10,7 @@ OUT/<layout>.pt; test_equivalence.py compares them. A layout with "+fused" behin
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from gft_megatron.config import ModelConfig, OptimizerSettings, ParallelConfig
 from gft_megatron.convert.hf_folder import HfFolder
 from gft_megatron.losses import LOSSES
+from gft_megatron.ops.linear import _spread as upstream_spread
 from gft_megatron.training import model as models
 from gft_megatron.training import step as steps
 from gft_megatron.training.fused_linear import return_hidden_states
@@ -137,6 +139,12 @@ def mutate(what: str) -> None:
         spec.gather_from_sequence_parallel_region = lambda x, group: upstream_gather(
             x, tensor_parallel_output_grad=False, group=group
         )
+    elif what == "no-hidden-sum":
+        linear = importlib.import_module("gft_megatron.ops.linear_loss")
+        linear.start_hidden_reduction = lambda grad, tokens, shard: lambda: upstream_spread(grad, tokens)
+    elif what == "not-token-local":
+        # Nothing is broken: no loss of today needs the whole batch, and one that does takes this path.
+        steps.is_token_local = lambda loss: False
     else:
         assert what == "nothing", what
 
