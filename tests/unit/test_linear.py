@@ -227,20 +227,21 @@ def test_gradient_of_the_entropy_alone() -> None:
     assert_near(case.weight.grad, dense(case).weight, 5e-6)
 
 
-def test_large_logits_and_infinite_ones(narrow_tiles) -> None:
+@pytest.mark.parametrize("sign", [1, -1])
+def test_large_logits_and_infinite_ones(narrow_tiles, monkeypatch, sign: int) -> None:
     """Tiles whose maxima lie 1e4 apart merge exactly, and a tile of nothing but -inf has nothing to say."""
+    monkeypatch.setattr(linear, "TILE_BYTES", 512)  # 64 columns of 2 rows
     case = make_case(n=2, size=1)
-    case.hidden.data = torch.tensor([[1.0], [1.0]])
-    case.weight.data = torch.cat([torch.full((64, 1), -1e4), torch.linspace(9999.0, 1e4, 237)[:, None]])
+    case.hidden.data = torch.ones(2, 1)
+    largest = torch.linspace(9999.0, 1e4, 237) if sign == 1 else torch.linspace(-1e4, -9999.0, 237)
+    case.weight.data = torch.cat([torch.full((64,), -2e4), largest])[:, None]
     case.labels = torch.tensor([300, 70])
-    log_probs, entropy = linear_log_probs(case.hidden, case.weight, case.labels, with_entropy=True)
     expected = dense(case)
-    torch.testing.assert_close(log_probs.detach().double(), expected.log_probs, rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(entropy.detach().double(), expected.entropy, rtol=1e-6, atol=5e-6)
-    case.weight.data[:64] = -float("inf")
-    log_probs, entropy = linear_log_probs(case.hidden, case.weight, case.labels, with_entropy=True)
-    torch.testing.assert_close(log_probs.detach().double(), expected.log_probs, rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(entropy.detach().double(), expected.entropy, rtol=1e-6, atol=5e-6)
+    for nothing in (-2e4, -float("inf")):
+        case.weight.data[:64] = nothing
+        log_probs, entropy = linear_log_probs(case.hidden, case.weight, case.labels, with_entropy=True)
+        torch.testing.assert_close(log_probs.detach().double(), expected.log_probs, rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(entropy.detach().double(), expected.entropy, rtol=1e-6, atol=5e-6)
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
@@ -339,9 +340,14 @@ def test_under_activation_recompute(use_reentrant: bool) -> None:
 
 
 @BOTH
-def test_autocast_changes_nothing(check_it) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_autocast_changes_no_bit(check_it, dtype: torch.dtype) -> None:
+    plain, cast = make_case(dtype=dtype), make_case(dtype=dtype)
+    check_it(plain)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        check_it(make_case())  # at the tolerance of fp32
+        check_it(cast)
+    assert torch.equal(cast.hidden.grad, plain.hidden.grad)
+    assert torch.equal(cast.weight.grad, plain.weight.grad)
 
 
 @pytest.mark.parametrize("loss_name, hyper", [("gft", {"tau": 0.05}), ("dft", {}), ("grpo", {})])
