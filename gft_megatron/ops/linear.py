@@ -1,15 +1,17 @@
 """What linear_log_probs and linear_loss share: arguments, the rows that count, tiles of logits, exact sums, ranks.
 
-When it pays. Both trade one pass over all logits for many small ones, so that logits [tokens, v/p] are never held.
-Without them, in place, logits cost tokens * v/p * 2 bytes (bf16). linear_loss holds 1024 rows of them and, outside
-Megatron's DDP, the weight's gradient in fp32; linear_log_probs one tile and computes the logits twice. So:
+When it pays. Logits cost tokens * v/p * 2 bytes in bf16, even where their gradient is written over them. linear_loss
+holds 1024 rows of them (2048 with p > 1) and, without Megatron's main_grad, the weight's gradient in fp32;
+linear_log_probs holds one tile, and computes it twice. Tokens that are ignored cost neither of them anything. So:
 
-    fewer than about 2000 tokens that count in a micro-batch    logits + vocab_parallel_log_probs: nothing to gain
-    more, in training (main_grad exists)                        linear_loss: no further arithmetic, bounded memory
-    more, without main_grad                                     linear_log_probs below about 4 H tokens (the fp32
-                                                                gradient of the weight is larger than bf16 logits)
-    a loss that needs the statistics of the whole batch first   linear_log_probs: a third more arithmetic in the head
-    many masked tokens (prompts, padding)                       either, at any size: they cost nothing here
+    less than about 2000 tokens that count, and few others    vocab_parallel_log_probs: nothing to gain
+    training on Megatron's DDP                                linear_loss: no further arithmetic, bounded memory
+    without main_grad, or with still less memory              linear_log_probs: a third more arithmetic in the head
+    a loss that needs the statistics of all tokens first      linear_log_probs
+
+Measured on one CPU thread at n = 2048, H = 896, v = 151936, bf16, forward and backward, peak memory beyond the
+arguments and CPU seconds: F.cross_entropy((h @ W.T).float()) 3.48 GiB, 10.9; logits in place 0.84, 5.2; linear_loss
+0.80 (0.29 with main_grad), 4.8 (4.2); linear_log_probs 0.38 (0.07 with main_grad), 5.4.
 
 Shapes: n tokens that count of t, H hidden size, v vocabulary, p tensor-parallel size, w columns of a tile.
 """

@@ -145,9 +145,9 @@ def forward_log_probs(
         count = micro_batch.mask.sum().int()
         return log_probs.sum(), count.to(log_probs.device), {"log_probs": log_probs.detach()}
 
-    reports = _run_schedule(
-        chunks, [(micro_batch, None) for micro_batch in micro_batches], loss_func, forward_only=True
-    )
+    items: list[_Item] = [(micro_batch, None) for micro_batch in micro_batches]
+    with torch.no_grad():  # forward_only alone still records the graph
+        reports = _run_schedule(chunks, items, loss_func, forward_only=True)
     return [report["log_probs"] for report in reports] if is_last_stage() else None
 
 
