@@ -152,11 +152,10 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def _require_scale(grad_loss: Tensor, grad_scale: float) -> None:
+    is_as_announced = (grad_loss == torch.full_like(grad_loss, grad_scale)).all()  # both rounded to fp32
     if grad_loss.is_cuda:  # looking would make the host wait
-        torch._assert_async(
-            (grad_loss == grad_scale).all(), "backward of linear_loss with another scale than grad_scale"
-        )
-    elif float(grad_loss) != grad_scale:
+        torch._assert_async(is_as_announced, "linear_loss: backward was called with another scale than grad_scale")
+    elif not is_as_announced:
         raise ValueError(
             f"backward of linear_loss was called with {float(grad_loss)}, but main_grad already holds the weight's "
             f"gradient times grad_scale={grad_scale}; give linear_loss the scale that backward will have"
