@@ -2,6 +2,6 @@
 
 from gft_megatron.advantages import group_advantages
 from gft_megatron.losses import LOSSES, LossInputs
-from gft_megatron.ops import vocab_parallel_log_probs
+from gft_megatron.ops import linear_log_probs, linear_loss, vocab_parallel_log_probs
 
-__all__ = ["LOSSES", "LossInputs", "group_advantages", "vocab_parallel_log_probs"]
+__all__ = ["LOSSES", "LossInputs", "group_advantages", "linear_log_probs", "linear_loss", "vocab_parallel_log_probs"]

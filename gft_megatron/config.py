@@ -143,6 +143,9 @@ class OptimizerSettings:
     """Tokens of a packed micro-batch, over all context-parallel ranks; default --seq-length."""
     micro_batch_size: int | None = None
     """Most sequences in a packed micro-batch; default no limit but the tokens."""
+    fused_linear_loss: bool = False
+    """Never hold the logits of a micro-batch. Saves memory where more than about 2000 response tokens are in one, and
+    time where most tokens are prompt or padding."""
     seed: int = 1234
     """Seed of initialisation, data order and sampling."""
 

@@ -7,7 +7,7 @@ unmasked tokens of these inputs.
 from gft_megatron.losses.dft import dft
 from gft_megatron.losses.gft import gft
 from gft_megatron.losses.grpo import grpo
-from gft_megatron.losses.inputs import LossFn, LossInputs, required_inputs
+from gft_megatron.losses.inputs import LossFn, LossInputs, is_token_local, required_inputs
 from gft_megatron.losses.sft import sft
 
 LOSSES: dict[str, LossFn] = {
@@ -17,4 +17,4 @@ LOSSES: dict[str, LossFn] = {
     "grpo": grpo,
 }
 
-__all__ = ["LOSSES", "LossFn", "LossInputs", "required_inputs"]
+__all__ = ["LOSSES", "LossFn", "LossInputs", "is_token_local", "required_inputs"]

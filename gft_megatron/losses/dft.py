@@ -7,10 +7,11 @@ p_t must be a constant: -p log p with its own gradient pushes unlikely expert to
 
 from __future__ import annotations
 
-from gft_megatron.losses.inputs import LossInputs, LossOutput
+from gft_megatron.losses.inputs import LossInputs, LossOutput, token_local
 from gft_megatron.losses.reduce import masked_mean
 
 
+@token_local
 def dft(inputs: LossInputs) -> LossOutput:
     """DFT's per-token loss [n], 0 on masked positions. Every response counts, whatever its reward."""
     mask = inputs.mask.bool()

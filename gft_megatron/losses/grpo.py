@@ -11,10 +11,11 @@ from __future__ import annotations
 import torch
 
 from gft_megatron.groups import Source
-from gft_megatron.losses.inputs import LossInputs, LossOutput, requires
+from gft_megatron.losses.inputs import LossInputs, LossOutput, requires, token_local
 from gft_megatron.losses.reduce import masked_mean
 
 
+@token_local
 @requires("advantages", "old_log_probs")
 def grpo(inputs: LossInputs, *, clip_low: float = 0.2, clip_high: float = 0.2) -> LossOutput:
     """GRPO's clipped surrogate [n], 0 on masked positions and on recorded responses.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,31 @@ class LossInputs:
     token_groups: Tensor | None = None  # [n] int64
     batch: Any = None  # statistics of the global batch; None: these inputs are the whole batch
 
+    def at(self, positions: Tensor) -> LossInputs:  # [m] int64
+        """The inputs of some of the tokens; their sequences keep their numbers."""
+        per_token = {name: getattr(self, name) for name in _PER_TOKEN}
+        return dataclasses.replace(
+            self, **{name: values[positions] for name, values in per_token.items() if values is not None}
+        )
+
+    def with_policy(self, log_probs: Tensor, entropy: Tensor | None) -> LossInputs:  # [n], [n]
+        """What the policy says of these tokens. Where no old policy was given, it is the policy itself."""
+        old = log_probs.detach() if self.old_log_probs is None else self.old_log_probs
+        return dataclasses.replace(self, log_probs=log_probs, entropy=entropy, old_log_probs=old)
+
+
+_PER_TOKEN = (
+    "log_probs",
+    "mask",
+    "sequence_ids",
+    "entropy",
+    "old_log_probs",
+    "ref_log_probs",
+    "rollout_log_probs",
+    "ref_kl",
+    "token_groups",
+)
+
 
 def requires(*names: str) -> Callable[[LossFn], LossFn]:
     """Declare the optional `LossInputs` fields that a loss cannot do without.
@@ -56,3 +82,17 @@ def requires(*names: str) -> Callable[[LossFn], LossFn]:
 def required_inputs(loss: LossFn) -> frozenset[str]:
     """The optional `LossInputs` fields that this loss was declared to need."""
     return getattr(loss, "requires", frozenset())
+
+
+def token_local(loss: LossFn) -> LossFn:
+    """Declare that a token's loss depends on that token's numbers and on constants of its sequence only.
+
+    The training loop may then compute it for some tokens at a time (`linear_loss`).
+    """
+    loss.is_token_local = True  # type: ignore[attr-defined]
+    return loss
+
+
+def is_token_local(loss: LossFn) -> bool:
+    """Whether this loss was declared `token_local`."""
+    return getattr(loss, "is_token_local", False)

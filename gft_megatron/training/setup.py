@@ -32,6 +32,7 @@ from gft_megatron.rollout.engine import SamplingParams
 from gft_megatron.rollout.local import LocalEngine
 from gft_megatron.training.checkpoint import find_checkpoint, load_checkpoint
 from gft_megatron.training.exchange import on_rank_zero
+from gft_megatron.training.fused_linear import return_hidden_states
 from gft_megatron.training.model import (
     build_chunks,
     megatron_fields,
@@ -133,6 +134,8 @@ def _build_run(
     chunks = build_chunks(
         shape, megatron_config, vocab_size=vocab_size, max_sequence_length=config.data.seq_length, device=device
     )
+    if config.optimizer.fused_linear_loss:
+        return_hidden_states(chunks, megatron_config, overrides["ddp"])
     if not config.model.random_init and checkpoint is None:
         console.info(f"loading {hf_folder.path}")
         load_hf_weights(chunks, hf_folder, padded_vocab_size=vocab_size)
@@ -167,6 +170,7 @@ def _build_run(
             hyper=config.loss_hyper,
             temperature=config.rollout.rollout_temperature,
             vocab_size=shape.vocab_size,
+            fused_linear_loss=config.optimizer.fused_linear_loss,
         ),
         recipe=recipe,
         workers=_workers(

@@ -1,7 +1,8 @@
 """One optimizer step through Megatron's pipeline schedules, and a forward-only pass for log-probs.
 
-Only the last pipeline stage sees logits. It computes the loss of each packed micro-batch; Megatron sums gradients and
-token counts over micro-batches, context-parallel and data-parallel ranks, and divides once.
+Only the last pipeline stage sees logits, or the hidden states that they are made of (--fused-linear-loss). It computes
+the loss of each packed micro-batch; Megatron sums gradients and token counts over micro-batches, context-parallel and
+data-parallel ranks, and divides once.
 
 Legend: t tokens of a micro-batch on this context-parallel rank, v/p vocabulary shard of this tensor-parallel rank.
 """
@@ -25,9 +26,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from gft_megatron.data.packing import PackedMicroBatch
-from gft_megatron.losses import LossFn, LossInputs
+from gft_megatron.losses import LossFn, LossInputs, is_token_local
 from gft_megatron.losses.reduce import token_sum
-from gft_megatron.ops import vocab_parallel_log_probs
+from gft_megatron.ops import linear_log_probs, linear_loss, vocab_parallel_log_probs
+from gft_megatron.training.fused_linear import output_weight, with_weight_gradient
 from gft_megatron.training.parallel import is_last_stage
 
 
@@ -41,6 +43,8 @@ class Objective:
     """Log-probs are those of softmax(logits / temperature), as the samples were drawn."""
     vocab_size: int
     """True size; the padding of the last shard takes no part."""
+    fused_linear_loss: bool = False
+    """The last stage gives hidden states (`fused_linear.return_hidden_states`), and logits are never held."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class StepResult:
 
 Chunks = list[DistributedDataParallel]
 _Item = tuple[PackedMicroBatch, Tensor | None]
-_LossFunc = Callable[[Tensor, _Item], tuple[Tensor, Tensor, dict[str, Tensor]]]
+_LossFunc = Callable[[Tensor, _Item, DistributedDataParallel], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
 def train_step(
@@ -111,11 +115,13 @@ def forward_backward(
     config = chunks[0].config
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
+    # What the schedule multiplies the loss with before it calls backward.
+    grad_scale = float(optimizer.scale_loss(torch.ones((), device=torch.cuda.current_device())))
     olds = [None] * len(micro_batches) if old_log_probs is None else old_log_probs
     reports = _run_schedule(
         chunks,
         list(zip(micro_batches, olds, strict=True)),
-        lambda logits, item: _loss(logits, *item, objective),
+        lambda output, item, chunk: _loss(output, *item, objective, chunk, grad_scale),
         forward_only=False,
     )
     sums = _sum_over_replicas(reports)
@@ -131,15 +137,17 @@ def forward_log_probs(
 ) -> list[Tensor] | None:
     """Log-probs [t] of each micro-batch under the present weights, by the same schedule; None but on the last stage."""
 
-    def loss_func(logits: Tensor, item: _Item) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def loss_func(
+        output: Tensor, item: _Item, chunk: DistributedDataParallel
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         micro_batch, _ = item
-        log_probs, _ = _log_probs(logits, micro_batch, objective, inplace_backward=False)
+        log_probs, _ = _log_probs(output, micro_batch, objective, chunk)
         count = micro_batch.mask.sum().int()
         return log_probs.sum(), count.to(log_probs.device), {"log_probs": log_probs.detach()}
 
-    reports = _run_schedule(
-        chunks, [(micro_batch, None) for micro_batch in micro_batches], loss_func, forward_only=True
-    )
+    items: list[_Item] = [(micro_batch, None) for micro_batch in micro_batches]
+    with torch.no_grad():  # forward_only alone still records the graph
+        reports = _run_schedule(chunks, items, loss_func, forward_only=True)
     return [report["log_probs"] for report in reports] if is_last_stage() else None
 
 
@@ -154,7 +162,7 @@ def _run_schedule(
 
     def forward_step(iterator: Iterator[_Item], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         item = next(iterator)
-        return _forward(chunk, item[0]), lambda logits: loss_func(logits, item)
+        return _forward(chunk, item[0]), lambda output: loss_func(output, item, chunk)
 
     iterators = [iter(items) for _ in chunks]
     return get_forward_backward_func()(
@@ -168,7 +176,9 @@ def _run_schedule(
     )
 
 
-def _forward(chunk: torch.nn.Module, micro_batch: PackedMicroBatch) -> Tensor:  # [1, t, v/p], [t, 1, h] between stages
+def _forward(chunk: torch.nn.Module, micro_batch: PackedMicroBatch) -> Tensor:
+    """Logits [1, t, v/p] or hidden states [1, t, h] of the last stage, [t, 1, h] between stages; t/p of them under
+    sequence parallelism, but all logits."""
     device = torch.cuda.current_device()
     cu_seqlens = micro_batch.cu_seqlens.to(device)
     packed = PackedSeqParams(
@@ -190,43 +200,71 @@ def _forward(chunk: torch.nn.Module, micro_batch: PackedMicroBatch) -> Tensor:  
 
 
 def _log_probs(
-    logits: Tensor, micro_batch: PackedMicroBatch, objective: Objective, *, inplace_backward: bool
+    output: Tensor, micro_batch: PackedMicroBatch, objective: Objective, chunk: DistributedDataParallel
 ) -> tuple[Tensor, Tensor]:  # [t], [t]
-    log_probs, entropy = vocab_parallel_log_probs(
-        logits[0],
-        micro_batch.labels.to(logits.device),
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-        temperature=objective.temperature,
-        with_entropy=True,
-        inplace_backward=inplace_backward,
-        vocab_size=objective.vocab_size,
-    )
+    labels = micro_batch.labels.to(output.device)
+    if objective.fused_linear_loss:
+        log_probs, entropy = linear_log_probs(
+            output[0], output_weight(chunk), labels, **_linear_options(objective, chunk)
+        )
+    else:
+        log_probs, entropy = vocab_parallel_log_probs(
+            output[0],
+            labels,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            temperature=objective.temperature,
+            with_entropy=True,
+            inplace_backward=torch.is_grad_enabled(),
+            vocab_size=objective.vocab_size,
+        )
     assert entropy is not None
     return log_probs, entropy
 
 
+def _linear_options(objective: Objective, chunk: DistributedDataParallel) -> dict[str, Any]:
+    return {
+        "tp_group": parallel_state.get_tensor_model_parallel_group(),
+        "sequence_parallel": chunk.config.sequence_parallel,
+        "temperature": objective.temperature,
+        "with_entropy": True,
+        "vocab_size": objective.vocab_size,
+    }
+
+
 def _loss(
-    logits: Tensor, micro_batch: PackedMicroBatch, old_log_probs: Tensor | None, objective: Objective
+    output: Tensor,  # [1, t, v/p] logits, or hidden states [1, t, h]
+    micro_batch: PackedMicroBatch,
+    old_log_probs: Tensor | None,
+    objective: Objective,
+    chunk: DistributedDataParallel,
+    grad_scale: float,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    log_probs, entropy = _log_probs(logits, micro_batch, objective, inplace_backward=True)
-    device = logits.device
+    device = output.device
     mask = micro_batch.mask.to(device)
-    rollout_log_probs = micro_batch.rollout_log_probs.to(device)
     inputs = LossInputs(
-        log_probs=log_probs,
-        entropy=entropy,
+        log_probs=torch.zeros(mask.shape, device=device),  # of each token, once it is known
         mask=mask,
         sequence_ids=micro_batch.sequence_ids.to(device),
         group_ids=micro_batch.group_ids.to(device),
         sources=micro_batch.sources.to(device),
         advantages=micro_batch.advantages.to(device),
-        old_log_probs=log_probs.detach() if old_log_probs is None else old_log_probs,
-        rollout_log_probs=rollout_log_probs,
+        old_log_probs=old_log_probs,
+        rollout_log_probs=micro_batch.rollout_log_probs.to(device),
     )
-    per_token_loss, loss_metrics = objective.loss(inputs, **objective.hyper)
-    loss, num_tokens = token_sum(per_token_loss, mask)
-    sampled = mask & ~rollout_log_probs.isnan()
-    gap = (log_probs.detach() - rollout_log_probs).abs().where(sampled, 0.0)
+    if objective.fused_linear_loss and is_token_local(objective.loss):
+        loss, log_probs, entropy, metric_sums = _chunked_loss(
+            output, micro_batch.labels.to(device), inputs, objective, chunk, grad_scale
+        )
+        num_tokens = mask.sum().int()
+    else:
+        log_probs, entropy = _log_probs(output, micro_batch, objective, chunk)
+        per_token_loss, metrics = objective.loss(inputs.with_policy(log_probs, entropy), **objective.hyper)
+        loss, num_tokens = token_sum(per_token_loss, mask)
+        metric_sums = {name: value * num_tokens for name, value in metrics.items()}
+    if objective.fused_linear_loss:
+        loss = with_weight_gradient(loss, chunk)
+    sampled = mask & ~inputs.rollout_log_probs.isnan()
+    gap = (log_probs.detach() - inputs.rollout_log_probs).abs().where(sampled, 0.0)
     report = {
         "loss": loss.detach(),
         "nll": -log_probs.detach().where(mask, 0.0).sum(),
@@ -234,9 +272,40 @@ def _loss(
         "log_prob_gap_mean": gap.sum(),
         "gap_tokens": sampled.sum().float(),
         "num_tokens": num_tokens.float(),
-        **{name: value * num_tokens for name, value in loss_metrics.items()},
+        **metric_sums,
     }
     return loss, num_tokens, report
+
+
+def _chunked_loss(
+    hidden: Tensor,  # [1, t, h]
+    labels: Tensor,  # [t]
+    inputs: LossInputs,
+    objective: Objective,
+    chunk: DistributedDataParallel,
+    grad_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:  # [], [t], [t]
+    """The loss of tokens that do not need each other, and the sums over tokens of its metrics."""
+    metric_sums: dict[str, Tensor] = {}
+
+    def token_loss(log_probs: Tensor, entropy: Tensor | None, positions: Tensor) -> Tensor:
+        per_token_loss, metrics = objective.loss(
+            inputs.at(positions).with_policy(log_probs, entropy), **objective.hyper
+        )
+        for name, mean in metrics.items():
+            metric_sums[name] = metric_sums.get(name, 0.0) + mean * len(positions)
+        return per_token_loss
+
+    loss, log_probs, entropy = linear_loss(
+        hidden[0],
+        output_weight(chunk),
+        labels,
+        token_loss,
+        grad_scale=grad_scale,
+        **_linear_options(objective, chunk),
+    )
+    assert entropy is not None
+    return loss, log_probs, entropy, metric_sums
 
 
 def _sum_over_replicas(reports: list[dict[str, Tensor]]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 For each layout: loss and every gradient of the first step (under Hugging Face names, whole), then the losses of three
 more steps. The optimizer, DDP, schedules, packing and weight loading are those of a real run. Results go to
-OUT/<layout>.pt; test_equivalence.py compares them.
+OUT/<layout>.pt; test_equivalence.py compares them. A layout with "+fused" behind its name runs with --fused-linear-loss.
 
     torchrun --nproc-per-node 2 equivalence_worker.py --model DIR --out DIR --layouts tp2 pp2 [--mutate per-micro-batch]
 """
@@ -10,6 +10,7 @@ OUT/<layout>.pt; test_equivalence.py compares them.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 from pathlib import Path
 
@@ -31,8 +32,10 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from gft_megatron.config import ModelConfig, OptimizerSettings, ParallelConfig
 from gft_megatron.convert.hf_folder import HfFolder
 from gft_megatron.losses import LOSSES
+from gft_megatron.ops.linear import _spread as upstream_spread
 from gft_megatron.training import model as models
 from gft_megatron.training import step as steps
+from gft_megatron.training.fused_linear import return_hidden_states
 from gft_megatron.training.micro_batches import pack_for_this_replica
 from gft_megatron.training.optimizer import build_optimizer, build_scheduler
 from gft_megatron.training.parallel import lay_out, seed_ranks
@@ -54,11 +57,13 @@ LAYOUTS = {
 }
 
 
+FUSED = "+fused"
 HYPER = {"gft": {"tau": 0.05}, "sft": {}}
 
 
 def run_layout(name: str, folder: HfFolder, *, loss: str) -> dict:
-    parallel = ParallelConfig(**LAYOUTS[name])
+    layout, fused = name.removesuffix(FUSED), name.endswith(FUSED)
+    parallel = ParallelConfig(**LAYOUTS[layout])
     lay_out(parallel)
     seed_ranks(1)
     model_config = ModelConfig(hf_checkpoint=str(folder.path), make_vocab_size_divisible_by=1)
@@ -67,11 +72,15 @@ def run_layout(name: str, folder: HfFolder, *, loss: str) -> dict:
     vocab_size = models.padded_vocab_size(folder.shape, model_config, parallel)
     device = torch.device("cpu")
     chunks = models.build_chunks(folder.shape, config, vocab_size=vocab_size, max_sequence_length=64, device=device)
+    if fused:
+        return_hidden_states(chunks, config, {})
     load_hf_weights(chunks, folder, padded_vocab_size=vocab_size)
     wrapped = models.wrap_in_ddp(chunks, config, parallel, {})
     optimizer = build_optimizer(wrapped, settings, parallel, bf16=False, overrides={})
     scheduler = build_scheduler(optimizer, settings)
-    objective = steps.Objective(loss=LOSSES[loss], hyper=HYPER[loss], vocab_size=folder.shape.vocab_size)
+    objective = steps.Objective(
+        loss=LOSSES[loss], hyper=HYPER[loss], vocab_size=folder.shape.vocab_size, fused_linear_loss=fused
+    )
     micro_batches = pack_for_this_replica(ragged_groups(), parallel, max_tokens=160)
 
     metrics, num_tokens = steps.forward_backward(wrapped, optimizer, micro_batches, objective)
@@ -130,6 +139,12 @@ def mutate(what: str) -> None:
         spec.gather_from_sequence_parallel_region = lambda x, group: upstream_gather(
             x, tensor_parallel_output_grad=False, group=group
         )
+    elif what == "no-hidden-sum":
+        linear = importlib.import_module("gft_megatron.ops.linear_loss")
+        linear.start_hidden_reduction = lambda grad, tokens, shard: lambda: upstream_spread(grad, tokens)
+    elif what == "not-token-local":
+        # Nothing is broken: no loss of today needs the whole batch, and one that does takes this path.
+        steps.is_token_local = lambda loss: False
     else:
         assert what == "nothing", what
 
@@ -138,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, required=True)
+    parser.add_argument("--layouts", nargs="+", choices=[*LAYOUTS, *(name + FUSED for name in LAYOUTS)], required=True)
     parser.add_argument("--loss", default="gft")
     parser.add_argument("--mutate", default="nothing")
     arguments = parser.parse_args()

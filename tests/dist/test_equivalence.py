@@ -17,18 +17,24 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 WORKER = Path(__file__).with_name("equivalence_worker.py")
 LAYOUTS = {
     "qwen2": {
-        1: ["one"],
-        2: ["tp2", "tp2sp", "pp2", "pp2vpp2", "dp2", "dp2distopt", "dp2overlap", "cp2"],
-        4: ["tp2pp2", "tp2pp2sp", "tp2cp2"],
+        1: ["one", "one+fused"],
+        2: [
+            "tp2", "tp2sp", "pp2", "pp2vpp2", "dp2", "dp2distopt", "dp2overlap", "cp2",
+            "tp2+fused", "tp2sp+fused", "pp2+fused", "pp2vpp2+fused", "dp2+fused", "dp2overlap+fused", "cp2+fused",
+        ],
+        4: ["tp2pp2", "tp2pp2sp", "tp2cp2", "tp2pp2sp+fused", "tp2cp2+fused"],
     },
-    "qwen3": {1: ["one"], 2: ["tp2", "tp2sp", "pp2", "cp2"]},
-}
+    "qwen3": {
+        1: ["one"],
+        2: ["tp2", "tp2sp", "pp2", "cp2", "tp2sp+fused", "pp2vpp2+fused", "dp2overlap+fused"],
+    },
+}  # fmt: skip
 CASES = [
     (family, name)
     for family, by_ranks in LAYOUTS.items()
     for num_ranks, names in by_ranks.items()
     for name in names
-    if num_ranks > 1
+    if name != "one"
 ]
 # Wide initial weights: probabilities on both sides of tau, and gradients worth comparing.
 MODEL = {**SIZES, "num_hidden_layers": 4, "initializer_range": 0.15}
@@ -77,7 +83,17 @@ def later(result: dict, name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize(("family", "layout"), CASES)
 def test_layout_equals_one_rank(results, family, layout):
-    one, other = results[family]["one"], results[family][layout]
+    check_equal(results[family][layout], results[family]["one"])
+
+
+def test_a_loss_of_the_whole_batch_takes_the_fused_path_too(models, results, tmp_path):
+    """linear_log_probs: sequence-parallel, and with an embedding that shares its weight under overlapped reduction."""
+    layouts = ["tp2sp+fused", "dp2overlap+fused"]
+    for result in work(models["qwen2"], tmp_path, 2, layouts, "--mutate", "not-token-local").values():
+        check_equal(result, results["qwen2"]["one"])
+
+
+def check_equal(other: dict, one: dict) -> None:
     assert other["num_tokens"] == one["num_tokens"]
     for name in ("loss", "nll", "entropy_mean", "coefficient_mean", "rectified_frac"):
         assert other["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-6), name
@@ -145,7 +161,7 @@ def test_sft_equals_transformers_own_loss(models, double_model, tmp_path):
     assert result["metrics"]["loss"] == pytest.approx(total / batch.num_response_tokens, rel=1e-6)
 
 
-@pytest.mark.parametrize(("mutation", "layout"), [("per-micro-batch", "dp2"), ("no-gradient-sum", "cp2")])
+@pytest.mark.parametrize(("mutation", "layout"), [("per-micro-batch", "dp2"), ("no-gradient-sum", "cp2"), ("no-hidden-sum", "tp2+fused")])
 def test_a_broken_build_gives_other_gradients(models, results, tmp_path, mutation, layout):
     """The tests of the tests: what they protect is taken away, and the figures no longer agree."""
     broken = work(models["qwen2"], tmp_path, 2, [layout], "--mutate", mutation)[layout]

@@ -24,6 +24,11 @@ RUNS = {
     "context, refilled groups, random weights": [
         "--context-parallel-size", 2, "--refill-groups", "--n-teacher", 4, "--random-init",
     ],
+    "fused loss, bf16, sequence parallel, ratios": [
+        "--fused-linear-loss", "--bf16", "--tensor-model-parallel-size", 2, "--sequence-parallel",
+        "--overlap-grad-reduce", "--loss", "grpo", "--n-expert", 0, "--n-teacher", 0, "--n-self", 8,
+        "--num-steps-per-rollout", 2, "--rm-type", "tests/e2e/digit_reward.py:score",
+    ],
 }  # fmt: skip
 
 

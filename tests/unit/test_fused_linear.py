@@ -1,0 +1,61 @@
+"""What --fused-linear-loss refuses, and what it does to the inputs of a loss."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gft_megatron import LOSSES, LossInputs
+from gft_megatron.losses import is_token_local
+from gft_megatron.training.fused_linear import return_hidden_states
+
+
+@pytest.mark.parametrize(
+    "settings, ddp, message",
+    [
+        ({"mtp_num_layers": 1}, {}, "transformer.mtp_num_layers"),
+        ({"use_mup": True}, {}, "transformer.use_mup"),
+        ({"defer_embedding_wgrad_compute": True}, {}, "transformer.defer_embedding_wgrad_compute"),
+        ({"params_dtype": torch.bfloat16}, {"grad_reduce_in_fp32": False}, "ddp.grad_reduce_in_fp32=true"),
+    ],
+)
+def test_settings_that_need_logits_are_refused(settings: dict, ddp: dict, message: str) -> None:
+    config = SimpleNamespace(**{"params_dtype": torch.float32} | settings)
+    with pytest.raises(ValueError, match=message) as caught:
+        return_hidden_states([], config, ddp)
+    assert "--fused-linear-loss" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_some_tokens_of_a_batch_keep_all_their_numbers() -> None:
+    """`at` must know every [n] field: one that it forgot would be read at the wrong tokens, without an error."""
+    per_token = {field.name: torch.arange(7) * 10 + index for index, field in enumerate(dataclasses.fields(LossInputs))}
+    sequences = {name: torch.arange(3) for name in ("group_ids", "sources", "advantages")}
+    inputs = LossInputs(**per_token | sequences | {"batch": "whole"})
+    chosen = inputs.at(torch.tensor([5, 2]))
+    for name, values in per_token.items():
+        if name in sequences:
+            assert getattr(chosen, name) is sequences[name]
+        elif name != "batch":
+            assert torch.equal(getattr(chosen, name), values[[5, 2]]), name
+    assert chosen.batch == "whole"
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_token_local_losses_are(name: str) -> None:
+    """The loss of some tokens alone is the loss of those tokens among all."""
+    loss = LOSSES[name]
+    assert is_token_local(loss)
+    generator = torch.Generator().manual_seed(3)
+    inputs = LossInputs(
+        log_probs=-torch.rand(30, generator=generator) * 3,
+        entropy=torch.rand(30, generator=generator),
+        mask=torch.ones(30, dtype=torch.bool),
+        sequence_ids=torch.arange(30) // 8,
+        group_ids=torch.zeros(4, dtype=torch.int64),
+        sources=torch.tensor([0, 1, 2, 2]),
+        advantages=torch.randn(4, generator=generator),
+        old_log_probs=-torch.rand(30, generator=generator) * 3,
+    )
+    positions = torch.tensor([3, 9, 17, 18, 29])
+    assert torch.equal(loss(inputs.at(positions))[0], loss(inputs)[0][positions])
