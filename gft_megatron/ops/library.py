@@ -32,6 +32,8 @@ if build_info()["torch"] != torch.__version__:
 
 __all__ = ["balanced_partition", "build_info", "row_ops"]
 
+_HAS_CUDA: bool = build_info()["cuda"]  # a constant: torch.compile cannot look into the extension
+
 
 def row_ops(device: torch.device) -> Any:
     """What holds the operators (`row_stats`, `combine_stats`, `row_grad_`, ...) for tensors on `device`.
@@ -41,7 +43,7 @@ def row_ops(device: torch.device) -> Any:
     """
     if os.environ.get("GFT_MEGATRON_REFERENCE") == "1":
         return reference
-    if device.type == "cuda" and not build_info()["cuda"]:
+    if device.type == "cuda" and not _HAS_CUDA:
         raise RuntimeError(
             "gft_megatron was built without its CUDA operators (no nvcc, or a CPU torch, when it was built); install "
             f"the CUDA toolkit and {_REBUILD} with GFT_MEGATRON_CUDA=1; or set GFT_MEGATRON_REFERENCE=1 (slow)"

@@ -331,9 +331,9 @@ def test_gradient_of_the_gradient_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", RECOMPUTED)
 def test_function_transforms_are_refused(name: str) -> None:
     logits, labels = make_rows(9, 77)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="functorch transforms"):
         torch.func.grad(RECOMPUTED[name])(logits, labels)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="functorch transforms"):
         torch.vmap(RECOMPUTED[name], in_dims=(0, None))(logits.expand(2, 9, 77), labels)
 
 
