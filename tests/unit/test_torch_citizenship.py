@@ -26,6 +26,7 @@ def make_rows(n: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[T
     generator = torch.Generator().manual_seed(n * 1_000_003 + vocab)
     logits = torch.randn(n, vocab, generator=generator) * 4
     labels = torch.randint(vocab, (n,), generator=generator)
+    labels[::2] = logits.argmax(-1)[::2]  # likely: not every coefficient is p
     labels[1:2] = -100
     return logits.to(dtype), labels
 
@@ -46,7 +47,7 @@ def op_arguments(name: str, n: int) -> tuple:
         "row_stats": (logits, labels, *place, True),
         "combine_stats": (stats,),
         "row_grad_": (logits, torch.empty_like(logits), labels, *place, maximum, log_sum, entropy, *vectors[:2]),
-        "rectified_sweep_": (logits, torch.empty_like(logits), labels, *place[1:], vectors[0], vectors[1].abs()),
+        "rectified_sweep_": (logits, torch.empty_like(logits), labels, *place[1:], vectors[0], vectors[1].sigmoid()),
         "segment_sums": (vectors[0].clone().requires_grad_(), vectors[1] > 0, torch.arange(n) // 2, n),
         "group_advantages": (vectors[0].double(), torch.arange(n) // 3, True, 1, 1e-6),
         "log_probs": (leaf, labels, *place, True, "", False),
