@@ -7,6 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from gft_megatron.ops.library import row_ops
+
 AdvantageNormalization = Literal["std", "none"]
 
 
@@ -32,6 +34,7 @@ def group_advantages(
 
     Raises:
         ValueError: shapes differ, a reward is not finite, or `normalize` is unknown.
+        RuntimeError: CUDA rewards without the CUDA operators.
     """
     if rewards.ndim != 1 or rewards.shape != group_ids.shape:
         raise ValueError(
@@ -43,22 +46,8 @@ def group_advantages(
     if not torch.isfinite(rewards).all():
         raise ValueError(f"rewards must be finite, got {rewards[~torch.isfinite(rewards)].tolist()}")
 
-    values = rewards.double()
-    _, group = group_ids.unique(return_inverse=True)  # [num_samples] in 0..num_groups-1
-    size = torch.bincount(group)  # [num_groups]
-
-    def mean_of(x: Tensor, divisor: Tensor) -> Tensor:
-        return torch.zeros(len(size), dtype=x.dtype, device=x.device).index_add_(0, group, x) / divisor
-
-    centred = values - mean_of(values, size)[group]
-    lowest = torch.full((len(size),), torch.inf, dtype=values.dtype, device=values.device)
-    highest = -lowest
-    lowest = lowest.scatter_reduce(0, group, values, "amin")
-    highest = highest.scatter_reduce(0, group, values, "amax")
-    # Rounding of the mean leaves residues of 1e-17 in a group of equal rewards, which eps does not tame when it is 0.
-    centred = torch.where((lowest == highest)[group], 0.0, centred)
-    if normalize == "std":
-        variance = mean_of(centred.square(), (size - ddof).clamp(min=1))
-        centred = centred / (variance.sqrt() + eps)[group]
-        centred = torch.nan_to_num(centred, nan=0.0)  # 0 / 0 where eps is 0 and the rewards are equal
-    return torch.where((size == 1)[group], values, centred).float()
+    order = group_ids.argsort(stable=True)  # the operator wants each group in one stretch
+    sorted_advantages = row_ops(rewards.device).group_advantages(
+        rewards.double()[order], group_ids.long()[order], normalize == "std", ddof, eps
+    )
+    return torch.empty_like(sorted_advantages).index_copy_(0, order, sorted_advantages)

@@ -26,7 +26,7 @@ def grpo(inputs: LossInputs, *, clip_low: float = 0.2, clip_high: float = 0.2) -
     """
     assert inputs.advantages is not None and inputs.old_log_probs is not None
     mask = inputs.mask.bool()
-    own = mask & (inputs.sources == Source.SELF)[inputs.sequence_ids]
+    own = mask & (inputs.sources == int(Source.SELF))[inputs.sequence_ids]  # int: torch.compile knows no enum here
     log_ratio = (inputs.log_probs - inputs.old_log_probs.detach()).where(own, 0.0)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)

@@ -4,5 +4,16 @@ from gft_megatron.ops.library import balanced_partition, build_info
 from gft_megatron.ops.linear_log_probs import linear_log_probs
 from gft_megatron.ops.linear_loss import linear_loss
 from gft_megatron.ops.log_probs import vocab_parallel_log_probs
+from gft_megatron.ops.rectified import rectified_cross_entropy
+from gft_megatron.ops.segments import segment_means, segment_sums
 
-__all__ = ["balanced_partition", "build_info", "linear_log_probs", "linear_loss", "vocab_parallel_log_probs"]
+__all__ = [
+    "balanced_partition",
+    "build_info",
+    "linear_log_probs",
+    "linear_loss",
+    "rectified_cross_entropy",
+    "segment_means",
+    "segment_sums",
+    "vocab_parallel_log_probs",
+]

@@ -32,16 +32,18 @@ if build_info()["torch"] != torch.__version__:
 
 __all__ = ["balanced_partition", "build_info", "row_ops"]
 
+_HAS_CUDA: bool = build_info()["cuda"]  # a constant: torch.compile cannot look into the extension
+
 
 def row_ops(device: torch.device) -> Any:
-    """What holds `row_stats`, `combine_stats` and `row_grad_` for tensors on `device`.
+    """What holds the operators (`row_stats`, `combine_stats`, `row_grad_`, ...) for tensors on `device`.
 
     Raises:
         RuntimeError: a CUDA device, and an extension that was built without the CUDA operators.
     """
     if os.environ.get("GFT_MEGATRON_REFERENCE") == "1":
         return reference
-    if device.type == "cuda" and not build_info()["cuda"]:
+    if device.type == "cuda" and not _HAS_CUDA:
         raise RuntimeError(
             "gft_megatron was built without its CUDA operators (no nvcc, or a CPU torch, when it was built); install "
             f"the CUDA toolkit and {_REBUILD} with GFT_MEGATRON_CUDA=1; or set GFT_MEGATRON_REFERENCE=1 (slow)"
@@ -77,3 +79,26 @@ def _row_grad_(
     grad_entropy: Tensor | None,
 ) -> None:
     return None
+
+
+@torch.library.register_fake("gft_megatron::rectified_sweep_")
+def _rectified_sweep_(
+    logits: Tensor,
+    grad: Tensor,
+    labels: Tensor,
+    valid_vocab: int,
+    inv_temperature: float,
+    weight: Tensor,
+    tau: Tensor,
+) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+
+@torch.library.register_fake("gft_megatron::segment_sums")
+def _segment_sums(values: Tensor, mask: Tensor | None, segment_ids: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
+    return values.new_empty(num_segments), values.new_empty(num_segments)
+
+
+@torch.library.register_fake("gft_megatron::group_advantages")
+def _group_advantages(rewards: Tensor, group_ids: Tensor, divide_by_deviation: bool, ddof: int, eps: float) -> Tensor:
+    return torch.empty_like(rewards, dtype=torch.float32)

@@ -1,6 +1,7 @@
 """The compiled operators once more in plain PyTorch and float64: same arguments, same answers, no speed.
 
-The contract (what the columns mean, ignored rows, labels of other shards) is written down in csrc/rows.h.
+The contract (what the columns mean, ignored rows, labels of other shards) is written down in csrc/rows.h and
+csrc/segments.h.
 """
 
 from __future__ import annotations
@@ -86,3 +87,52 @@ def row_grad_(
     result = torch.where(dead[:, None], 0.0, result * inv_temperature)
     grad[:, :valid_vocab].copy_(result)
     grad[:, valid_vocab:].zero_()
+
+
+def rectified_sweep_(
+    logits: Tensor,
+    grad: Tensor,
+    labels: Tensor,
+    valid_vocab: int,
+    inv_temperature: float,
+    weight: Tensor,
+    tau: Tensor,
+) -> Tensor:
+    """Write the gradient of -weight c log p [n, v] into `grad`, which may be `logits` -> log p [n]."""
+    place = (0, valid_vocab, inv_temperature)
+    stats = row_stats(logits, labels, *place, False)
+    log_prob, entropy, maximum, log_sum = combine_stats(stats[None])
+    prob = log_prob.double().exp()
+    upstream = -weight * torch.where(prob < tau, prob, 1.0).float()
+    row_grad_(logits, grad, labels, *place, maximum, log_sum, entropy, upstream, None)
+    return log_prob
+
+
+def segment_sums(values: Tensor, mask: Tensor | None, segment_ids: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
+    """[n] -> sums and numbers of unmasked values, each [num_segments] fp32."""
+    live = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
+    zeros = torch.zeros(num_segments, dtype=torch.float64, device=values.device)
+    sums = zeros.index_add(0, segment_ids, values.double().where(live, 0.0))
+    return sums.float(), zeros.index_add(0, segment_ids, live.double()).float()
+
+
+def group_advantages(rewards: Tensor, group_ids: Tensor, divide_by_deviation: bool, ddof: int, eps: float) -> Tensor:
+    """[n] fp64 -> [n] fp32, see gft_megatron.advantages."""
+    _, group = group_ids.unique(return_inverse=True)  # [n] in 0..num_groups-1
+    size = torch.bincount(group)  # [num_groups]
+
+    def mean_of(x: Tensor, divisor: Tensor) -> Tensor:
+        return torch.zeros(len(size), dtype=x.dtype, device=x.device).index_add_(0, group, x) / divisor
+
+    centred = rewards - mean_of(rewards, size)[group]
+    lowest = torch.full((len(size),), torch.inf, dtype=rewards.dtype, device=rewards.device)
+    highest = -lowest
+    lowest = lowest.scatter_reduce(0, group, rewards, "amin")
+    highest = highest.scatter_reduce(0, group, rewards, "amax")
+    # Rounding of the mean leaves residues of 1e-17 in a group of equal rewards, which eps does not tame when it is 0.
+    centred = torch.where((lowest == highest)[group], 0.0, centred)
+    if divide_by_deviation:
+        variance = mean_of(centred.square(), (size - ddof).clamp(min=1))
+        centred = centred / (variance.sqrt() + eps)[group]
+        centred = torch.nan_to_num(centred, nan=0.0)  # 0 / 0 where eps is 0 and the rewards are equal
+    return torch.where((size == 1)[group], rewards, centred).float()

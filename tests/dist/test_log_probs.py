@@ -125,3 +125,34 @@ def check_subgroups(rank: int, world_size: int) -> None:
 
 def test_groups_that_are_not_the_world() -> None:
     run_on_ranks(check_subgroups, 3)
+
+
+def check_compiled(rank: int, world_size: int) -> None:
+    """One graph with the collective inside; the same graph for two batches of different size."""
+    logits, labels = make_case(world_size, 100, 200, torch.float32)
+    columns = slice(rank * 100, (rank + 1) * 100)
+
+    def fn(shard: Tensor, labels: Tensor) -> Tensor:
+        log_probs, entropy = vocab_parallel_log_probs(
+            shard, labels, tp_group=dist.group.WORLD, temperature=TEMPERATURE, with_entropy=True
+        )
+        return (log_probs * torch.arange(len(labels)) + entropy).sum()
+
+    compiled = torch.compile(fn, backend="aot_eager", fullgraph=True, dynamic=True)
+    calls = count_collectives()
+    for n in (12, 7):
+        grads = torch.arange(n), torch.ones(n)
+        expected = dense_answer(logits[:n], labels[:n], *grads, temperature=TEMPERATURE)
+        results = []
+        for function in (fn, compiled):
+            leaf = logits[:n, columns].clone().requires_grad_()
+            calls.clear()
+            function(leaf * 1, labels[:n]).backward()
+            assert calls == ["all_gather_into_tensor"]
+            assert_grad_close(leaf.grad, expected.grad[:, columns])
+            results.append(leaf.grad)
+        torch.testing.assert_close(*results)
+
+
+def test_compiled_graph_matches_dense() -> None:
+    run_on_ranks(check_compiled, 2)

@@ -9,6 +9,11 @@ import torch
 from gft_megatron.advantages import group_advantages
 
 
+@pytest.fixture(autouse=True, params=["compiled", "reference"])
+def implementation(request, monkeypatch):
+    monkeypatch.setenv("GFT_MEGATRON_REFERENCE", str(int(request.param == "reference")))
+
+
 @pytest.mark.parametrize("ddof", [0, 1])
 @pytest.mark.parametrize("normalize", ["std", "none"])
 def test_equals_numpy_per_group(ddof, normalize):

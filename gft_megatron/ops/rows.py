@@ -1,0 +1,66 @@
+"""From logits [..., v/p] and labels [...] of a model to the rows that the operators take."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+IGNORED = -1
+"""What the operators take as the label of an ignored row (any negative one does)."""
+
+
+def check_arguments(logits: Tensor, labels: Tensor, temperature: float) -> None:
+    """Raise ValueError where shapes, dtypes, devices or the temperature do not fit."""
+    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"logits must be float32, bfloat16 or float16, got {logits.dtype}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be [..., vocabulary / tensor-parallel size], got {tuple(logits.shape)}")
+    if labels.dtype != torch.int64 or labels.shape != logits.shape[:-1] or labels.device != logits.device:
+        raise ValueError(
+            f"labels must be int64 {tuple(logits.shape[:-1])} on {logits.device}, "
+            f"got {labels.dtype} {tuple(labels.shape)} on {labels.device}"
+        )
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+
+
+def may_look(tensor: Tensor) -> bool:
+    """Whether Python may look at values: on CUDA the host would wait, and torch.compile sees none while it traces."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def row_labels(labels: Tensor, ignore_index: int, vocab: int) -> Tensor:  # [...] -> [n]
+    """Labels as the operators want them, after a look at their range."""
+    ignored = labels == ignore_index
+    in_range = ignored | ((labels >= 0) & (labels < vocab))
+    if may_look(labels):
+        if not in_range.all():
+            raise ValueError(f"label {int(labels[~in_range][0])} is outside the vocabulary [0, {vocab})")
+    else:
+        torch._assert_async(in_range.all(), f"a label is outside the vocabulary [0, {vocab})")
+    return labels.masked_fill(ignored, IGNORED).reshape(-1)
+
+
+def row_blocks(logits: Tensor) -> list[Tensor]:
+    """Matrices [n_i, v/p] over the same memory that together hold every row, in order: one, unless the strides of the
+    leading dimensions cannot be merged (`logits[:, :-1]`, a transposed [s, b, v/p])."""
+    try:
+        return [logits.view(-1, logits.shape[-1])]
+    except RuntimeError:
+        return [block for part in logits.unbind(0) for block in row_blocks(part)]
+
+
+def shares_rows(logits: Tensor) -> bool:
+    """Whether several rows are the same memory (`expand`), so that no gradient can be written over them."""
+    return any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True))
+
+
+def saved_through_hooks() -> bool:
+    """Whether saved tensors pass through hooks now: activation recompute (non-reentrant), offloading.
+
+    What the hooks hand out in the backward may be shared, and autograd does not compare its version; so nothing is
+    written over the logits then.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
