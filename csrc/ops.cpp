@@ -245,7 +245,7 @@ TORCH_LIBRARY(gft_megatron, m) {
       "Tensor weight, Tensor tau) -> Tensor");
   // values [n] fp32, mask [n] bool, segment_ids [n] int64 non-decreasing -> sums, counts [num_segments] fp32
   m.def(
-      "segment_sums(Tensor values, Tensor? mask, Tensor segment_ids, int num_segments) -> (Tensor sums, Tensor "
+      "segment_sums(Tensor values, Tensor? mask, Tensor segment_ids, SymInt num_segments) -> (Tensor sums, Tensor "
       "counts)");
   // rewards [n] fp64, group_ids [n] int64 non-decreasing -> [n] fp32
   m.def("group_advantages(Tensor rewards, Tensor group_ids, bool divide_by_deviation, int ddof, float eps) -> Tensor");
