@@ -108,8 +108,7 @@ GFT_INLINE Merged merge_parts(const float* parts, int64_t num_parts, int64_t str
     const Stats<double> moved = relative_to(Stats<double>{part[0], part[1], part[2]}, max);
     merged.stats.sum += moved.sum;
     merged.stats.weighted += moved.weighted;
-    if (part[3] != kNotOwned)
-      merged.label = part[3] + (static_cast<double>(finite_shift(part[0])) - finite_shift(max));
+    if (part[3] != kNotOwned) merged.label = part[3] + (static_cast<double>(finite_shift(part[0])) - finite_shift(max));
   }
   return merged;
 }

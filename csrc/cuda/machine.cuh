@@ -1,5 +1,5 @@
-// All that only a GPU has: launches, the memory of a thread block, clusters of blocks, three instructions. The tests put
-// an emulation of this file in its place (tests/cuda_on_host) and run the rest of this folder without a GPU.
+// All that only a GPU has: launches, the memory of a thread block, clusters of blocks, three instructions. The tests
+// put an emulation of this file in its place (tests/cuda_on_host) and run the rest of this folder without a GPU.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -25,9 +25,9 @@ template <typename Params>
 cudaError_t launch(void (*kernel)(Params), const Launch& shape, const Params& params, cudaStream_t stream) {
   constexpr int64_t kFreeMemory = 48 * 1024;  // more has to be asked for
   if (shape.memory_bytes > kFreeMemory) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shape.memory_bytes));
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shape.memory_bytes));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchAttribute cluster = {};
@@ -82,8 +82,8 @@ __device__ __forceinline__ int cluster_size() {
 #endif
 }
 
-// Every thread of the cluster arrives, then waits: what was written to block memory before the arrival of all can be read
-// after the wait, and what was read before it may be given up.
+// Every thread of the cluster arrives, then waits: what was written to block memory before the arrival of all can be
+// read after the wait, and what was read before it may be given up.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   cooperative_groups::this_cluster().barrier_arrive();

@@ -20,11 +20,13 @@ constexpr int64_t kComfortableMemory = 44 * 1024;
 struct alignas(kVectorBytes) Board {
   Stats<float> warps[kThreads / kWarp];
   Stats<float> found;  // in this stretch; read by the other blocks
-  Token token;         // of the row
+  Token token;         // of the row, and so is the next
+  float upstream;      // dL/dlogp
 };
 
 template <typename T, bool kOnChip, bool kVectors>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) rectified_sweep_kernel(const __grid_constant__ SweepParams params) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+    rectified_sweep_kernel(const __grid_constant__ SweepParams params) {
   const Shard& shard = params.shard;
   const int blocks = cluster_size();
   const int64_t i = blockIdx.x / blocks;
@@ -39,9 +41,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) rectified_sweep_kerne
   }
   const T* row = static_cast<const T*>(shard.logits) + i * shard.row_stride;
   const T* logits = row + stretch.begin;
-  // Now: after the first barrier the block whose stretch has the label may write its gradient there.
   const bool owned = label < shard.valid_width;
-  const float label_logit = owned && threadIdx.x == 0 ? to_float(row[label]) : 0.0f;
+  float label_logit = 0.0f;
+  float weight = 0.0f;
+  float tau = 0.0f;
+  if (threadIdx.x == 0) {  // early: reads are slow, and after the first barrier a block may write its gradient
+    if (owned) label_logit = to_float(row[label]);
+    weight = params.weight[i];
+    tau = params.tau[i];
+  }
 
   Board& board = *reinterpret_cast<Board*>(block_memory());
   T* kept = reinterpret_cast<T*>(block_memory() + sizeof(Board)) + misalignment(logits);
@@ -58,26 +66,27 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) rectified_sweep_kerne
       float columns[4];
       write_stats(columns, stats.max, stats.sum, NAN,
                   owned ? below_max(label_logit, shard.inv_temperature, finite_shift(stats.max)) : kNotOwned);
-      board.token = combine(columns, 1, 4);
-      if (rank == 0) params.log_prob[i] = board.token.log_prob;
+      const Token token = combine(columns, 1, 4);
+      board.token = token;
+      board.upstream = rectified_upstream(token.log_prob, weight, tau);
+      if (rank == 0) params.log_prob[i] = token.log_prob;
     }
   }
   __syncthreads();
   cluster_arrive();  // has read the others' boards
   const Token token = board.token;
-  const float weight = params.weight[i];
-  if (weight == 0.0f) {
+  const float upstream = board.upstream;
+  if (upstream == 0.0f) {  // its logits may hold anything
     erase<kThreads>(grad, stretch.width);
   } else {
-    const float upstream = rectified_upstream(token.log_prob, weight, params.tau[i]);
-    const Row row = {coefficients(upstream, 0.0f, 0.0f, shard.inv_temperature),
-                     token.max,
-                     token.log_sum,
-                     shard.inv_temperature,
-                     in_stretch(label, stretch),
-                     valid};
-    constexpr int kUnroll = kOnChip ? 1 : 4;  // block memory is near
-    rewrite<kThreads, kUnroll, false, kVectors>(row, kOnChip ? kept : logits, grad, stretch.width);
+    const Row place = {coefficients(upstream, 0.0f, 0.0f, shard.inv_temperature),
+                       token.max,
+                       token.log_sum,
+                       shard.inv_temperature,
+                       in_stretch(label, stretch),
+                       valid};
+    constexpr int kUnroll = kOnChip ? 1 : 2;  // block memory is near
+    rewrite<kThreads, kUnroll, false, kVectors>(place, kOnChip ? kept : logits, grad, stretch.width);
   }
   cluster_wait();  // a block that ends takes its board with it
 }
@@ -86,7 +95,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) rectified_sweep_kerne
 template <typename T>
 Launch on_chip_shape(const Shard& shard, const Limits& limits) {
   for (int cluster = 1; cluster <= limits.cluster; cluster *= 2) {
-    const int64_t stretch_bytes = stretch_width(static_cast<int>(shard.width), cluster) * int64_t{sizeof(T)} + kVectorBytes;
+    const int64_t stretch_bytes =
+        stretch_width(static_cast<int>(shard.width), cluster) * int64_t{sizeof(T)} + kVectorBytes;
     const int64_t memory_bytes = int64_t{sizeof(Board)} + stretch_bytes;
     if (memory_bytes <= kComfortableMemory || (cluster == limits.cluster && memory_bytes <= limits.memory_bytes)) {
       return {shard.num_rows * cluster, 1, kThreads, cluster, memory_bytes};
@@ -111,8 +121,9 @@ cudaError_t launch_sweep(const SweepParams& params, cudaStream_t stream) {
 cudaError_t rectified_sweep(const SweepParams& params, cudaStream_t stream) {
   return with_element(params.shard, [&](auto zero) {
     using T = decltype(zero);
-    return same_alignment<T>(params.shard, params.grad, params.grad_row_stride) ? launch_sweep<T, true>(params, stream)
-                                                                                : launch_sweep<T, false>(params, stream);
+    return same_alignment<T>(params.shard, params.grad, params.grad_row_stride)
+               ? launch_sweep<T, true>(params, stream)
+               : launch_sweep<T, false>(params, stream);
   });
 }
 

@@ -61,8 +61,8 @@ __device__ __forceinline__ void erase(T* grad, int width) {
 }
 
 // logits[0, width), a stretch of `row` whose columns are counted from the stretch's own start, to grad[0, width), which
-// may be the same memory. kVectors: both have the same alignment; otherwise elements move one by one. kUnroll: vectors in
-// flight.
+// may be the same memory. kVectors: both have the same alignment; otherwise elements move one by one. kUnroll: vectors
+// in flight.
 template <int kThreads, int kUnroll, bool kEntropy, bool kVectors, typename T>
 __device__ __forceinline__ void rewrite(const Row& row, const T* logits, T* grad, int width) {
   const int thread = static_cast<int>(threadIdx.x);

@@ -15,7 +15,8 @@ constexpr int64_t kSmallestStretch = 16384;  // elements that are worth a block
 
 // A grid of (rows, stretches of a row). `params.stats` is [stretches, n, 4].
 template <typename T, bool kEntropy>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) row_stats_kernel(const __grid_constant__ StatsParams params) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+    row_stats_kernel(const __grid_constant__ StatsParams params) {
   const Shard& shard = params.shard;
   const int64_t i = blockIdx.x;
   float* out = params.stats + 4 * (blockIdx.y * shard.num_rows + i);
@@ -24,8 +25,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) row_stats_kernel(cons
     if (threadIdx.x == 0) write_ignored_stats(out, shard.vocab_start + blockIdx.y);
     return;
   }
-  const Stretch stretch = stretch_of(static_cast<int>(shard.valid_width), static_cast<int>(gridDim.y),
-                                     static_cast<int>(blockIdx.y));
+  const Stretch stretch =
+      stretch_of(static_cast<int>(shard.valid_width), static_cast<int>(gridDim.y), static_cast<int>(blockIdx.y));
   const T* row = static_cast<const T*>(shard.logits) + i * shard.row_stride + stretch.begin;
   const int column = in_stretch(label - shard.vocab_start, stretch);
   const bool owned = column >= 0 && column < stretch.width;
@@ -33,8 +34,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) row_stats_kernel(cons
   Stats<float> stats = scan<kThreads, kEntropy, false, T>(row, stretch.width, shard.inv_temperature, nullptr);
   stats = merge_block<kThreads>(stats, reinterpret_cast<Stats<float>*>(block_memory()));
   if (threadIdx.x > 0) return;
-  const float label_delta =
-      owned ? below_max(label_logit, shard.inv_temperature, finite_shift(stats.max)) : kNotOwned;
+  const float label_delta = owned ? below_max(label_logit, shard.inv_temperature, finite_shift(stats.max)) : kNotOwned;
   write_stats(out, stats.max, stats.sum, kEntropy ? stats.weighted : NAN, label_delta);
 }
 

@@ -111,7 +111,8 @@ __device__ __forceinline__ Stretch stretch_of(int width, int count, int index) {
   return {begin, most < width - begin ? most : width - begin};
 }
 
-// A global column, label or end of the valid ones, as counted from the stretch; -1 and width stand for what lies outside.
+// A global column, label or end of the valid ones, as counted from the stretch; -1 and width stand for what lies
+// outside.
 __device__ __forceinline__ int in_stretch(int64_t column, Stretch stretch) {
   const int64_t local = column - stretch.begin;
   return static_cast<int>(local < 0 ? -1 : local < stretch.width ? local : stretch.width);
