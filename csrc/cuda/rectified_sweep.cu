@@ -98,7 +98,8 @@ Launch on_chip_shape(const Shard& shard, const Limits& limits) {
     const int64_t stretch_bytes =
         stretch_width(static_cast<int>(shard.width), cluster) * int64_t{sizeof(T)} + kVectorBytes;
     const int64_t memory_bytes = int64_t{sizeof(Board)} + stretch_bytes;
-    if (memory_bytes <= kComfortableMemory || (cluster == limits.cluster && memory_bytes <= limits.memory_bytes)) {
+    if (memory_bytes > limits.memory_bytes) continue;
+    if (memory_bytes <= kComfortableMemory || cluster == limits.cluster) {
       return {shard.num_rows * cluster, 1, kThreads, cluster, memory_bytes};
     }
   }
