@@ -193,6 +193,7 @@ void run_cluster(int64_t first_block, int64_t block_y) {
       moved = true;
     }
     if (moved) continue;
+    current = nullptr;  // not the fault of a single thread
     std::map<State, int> counts;
     for (int t = 0; t < num_threads; ++t) ++counts[threads[t].state];
     fail("block (%lld, %lld): %d threads wait in a shuffle, %d at a barrier and %d at the cluster's, %d have ended",

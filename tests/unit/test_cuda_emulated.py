@@ -178,6 +178,13 @@ def test_in_place_gradient_is_the_same_bits(
 
 
 @CHECKS
+def test_rows_may_lie_further_apart_than_32_bits_can_tell(gpu: EmulatedGpu, check: Check) -> None:
+    logits, labels = make_rows(3, 77, torch.bfloat16)
+    stride = 2**30 + 3  # two of them are too many
+    check(gpu, gpu.guarded(logits, row_stride=stride), labels, grad=poisoned_like(gpu, logits, row_stride=stride))
+
+
+@CHECKS
 @EVERY_DTYPE
 def test_padding_ignored_rows_and_unlikely_tokens(gpu: EmulatedGpu, check: Check, dtype: torch.dtype) -> None:
     logits, labels = make_rows(7, 5003, dtype)
@@ -413,7 +420,29 @@ def test_group_advantages(gpu: EmulatedGpu, divide: bool, ddof: int) -> None:
 # The emulation itself
 
 
-def test_emulation_notices_what_it_is_there_for(gpu: EmulatedGpu) -> None:
+@pytest.mark.parametrize(
+    "which, message",
+    [
+        (0, "80 at a barrier and 0 at the cluster's, 48 have ended"),
+        (1, "64 threads wait in a shuffle"),
+        (2, "lanes meet in different shuffles"),
+        (3, "64 at the cluster's, 64 have ended"),
+        (4, "which is not aligned"),
+        (5, "outside of every buffer"),
+    ],
+)
+def test_emulation_refuses_faulty_kernels(gpu: EmulatedGpu, which: int, message: str) -> None:
+    for seed in (0, 1):
+        with gpu.order(seed), pytest.raises(RuntimeError, match=message):
+            gpu.run_faulty_kernel(which)
+
+
+@pytest.mark.parametrize("which", [6, 7])
+def test_block_memory_is_nan_before_and_after(gpu: EmulatedGpu, which: int) -> None:
+    assert gpu.run_faulty_kernel(which) != gpu.run_faulty_kernel(which)
+
+
+def test_emulation_refuses_what_is_outside_of_a_tensor_or_a_gpu(gpu: EmulatedGpu) -> None:
     logits, labels = make_rows(2, 2501, torch.float32)
     logits = gpu.guarded(logits)
     with pytest.raises(RuntimeError, match="outside of every buffer"):
