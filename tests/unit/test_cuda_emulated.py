@@ -12,7 +12,7 @@ import torch
 from cuda_on_host.emulator import CSRC, DTYPES, EmulatedGpu, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import dense_answer
+from oracle import assert_promised_grad, dense_answer
 from torch import Tensor
 
 from gft_megatron.ops.library import row_ops
@@ -44,35 +44,6 @@ def poisoned_like(gpu: EmulatedGpu, logits: Tensor, row_stride: int | None = Non
     return gpu.guarded(torch.full(logits.shape, NAN, dtype=logits.dtype), row_stride=row_stride, at_start=at_start)
 
 
-def assert_promised_grad(
-    grad: Tensor,  # [n, v]
-    expected: Tensor,  # [n, v] fp64
-    logits: Tensor,  # [n, v]
-    labels: Tensor,  # [n]
-    grad_log_prob: Tensor,  # [n]
-    grad_entropy: Tensor,  # [n]
-    vocab: int,
-) -> None:
-    """Within 5e-6 of what is added up to an element, and of 1 where the label's probability is subtracted from it; then
-    one rounding to the gradient's dtype. So the gradient of a token of probability 1e-12 is still a good one. (From
-    1e-18 on it is less so: log p is rounded twice, each time by 2^-24 of itself.)"""
-    log_p = (logits[:, :vocab].double() * INV_TEMPERATURE).log_softmax(-1)
-    p = log_p.exp()
-    surprise = torch.where(p > 0, -log_p, 0.0)
-    entropy = (p * surprise).sum(-1, keepdim=True)
-    size = p * (grad_log_prob.abs()[:, None] + grad_entropy.abs()[:, None] * (surprise + entropy))
-    size *= (surprise * 2**-23 / 5e-6).clamp(min=1.0)
-    live = labels >= 0
-    size[live, labels[live]] += grad_log_prob[live].abs()
-    size = torch.nn.functional.pad(size, (0, logits.shape[1] - vocab)) * INV_TEMPERATURE
-    info = torch.finfo(grad.dtype)
-    rounding = 0.0 if grad.dtype == torch.float32 else info.eps / 2
-    allowed = 5e-6 * size + rounding * expected.abs() * (1 + 1e-3) + max(info.smallest_normal * info.eps, 2e-38)
-    wrong = ((grad.double() - expected).abs() > allowed) & live[:, None]
-    assert not wrong.any(), f"{int(wrong.sum())} elements, the first at {wrong.nonzero()[0].tolist()}"
-    assert not grad[~live].any() and not grad[:, vocab:].any()
-
-
 def check_two_passes(
     gpu: EmulatedGpu,
     logits: Tensor,  # [n, v], guarded
@@ -84,8 +55,9 @@ def check_two_passes(
 ) -> Tensor:
     """Compare statistics, values and gradients of one shard; return the gradient, written to `grad` where given."""
     vocab = logits.shape[1] if vocab_size is None else vocab_size
+    options = {"temperature": 1 / INV_TEMPERATURE, "vocab_size": vocab}
     grads = upstream(len(labels))
-    expected = dense_answer(logits, labels, *grads, temperature=1 / INV_TEMPERATURE, vocab_size=vocab)
+    expected = dense_answer(logits, labels, *grads, **options)
     place = (0, vocab, INV_TEMPERATURE)
     stats = gpu.row_stats(logits, labels, *place, True, splits)
     log_prob, entropy, maximum, log_sum = gpu.combine_stats(stats[None])
@@ -98,13 +70,11 @@ def check_two_passes(
 
     alone = poisoned_like(gpu, logits)
     gpu.row_grad_(logits, alone, labels, *place, maximum, log_sum, entropy, grads[0], None)
-    no_entropy = dense_answer(
-        logits, labels, grads[0], torch.zeros(len(labels)), temperature=1 / INV_TEMPERATURE, vocab_size=vocab
-    )
-    assert_promised_grad(alone, no_entropy.grad, logits, labels, grads[0], torch.zeros(len(labels)), vocab)
+    no_entropy = dense_answer(logits, labels, grads[0], torch.zeros(len(labels)), **options)
+    assert_promised_grad(alone, no_entropy.grad, logits, labels, grads[0], torch.zeros(len(labels)), **options)
     grad = poisoned_like(gpu, logits) if grad is None else grad
     gpu.row_grad_(logits, grad, labels, *place, maximum, log_sum, entropy, *grads)
-    assert_promised_grad(grad, expected.grad, logits, labels, *grads, vocab)
+    assert_promised_grad(grad, expected.grad, logits, labels, *grads, **options)
     return grad
 
 
@@ -118,18 +88,19 @@ def check_sweep(
 ) -> Tensor:
     """The same for the one sweep. Half of the rows have a tau below their probability."""
     vocab = logits.shape[1] if vocab_size is None else vocab_size
+    options = {"temperature": 1 / INV_TEMPERATURE, "vocab_size": vocab}
     zero = torch.zeros(len(labels))
     weight = upstream(len(labels))[0]
-    probs = dense_answer(logits, labels, zero, zero, temperature=1 / INV_TEMPERATURE, vocab_size=vocab).log_probs.exp()
+    probs = dense_answer(logits, labels, zero, zero, **options).log_probs.exp()
     tau = (probs * torch.tensor([0.5, 2.0]).repeat(len(labels))[: len(labels)]).float()
     grad = poisoned_like(gpu, logits) if grad is None else grad
     before = logits.clone()  # the gradient may go over it
     log_prob = gpu.rectified_sweep_(logits, grad, labels, vocab, INV_TEMPERATURE, weight, tau)
     # The probability as returned: the error of log_prob, looked at next, is not the gradient's.
     grad_log_prob = -weight * torch.where(probs < tau.double(), log_prob.double().exp(), 1.0)
-    expected = dense_answer(before, labels, grad_log_prob, zero, temperature=1 / INV_TEMPERATURE, vocab_size=vocab)
+    expected = dense_answer(before, labels, grad_log_prob, zero, **options)
     torch.testing.assert_close(log_prob.double(), expected.log_probs, rtol=1e-6, atol=1e-5)
-    assert_promised_grad(grad, expected.grad, before, labels, grad_log_prob, zero, vocab)
+    assert_promised_grad(grad, expected.grad, before, labels, grad_log_prob, zero, **options)
     return grad
 
 
