@@ -12,9 +12,9 @@ constexpr float kExpFloor = -104.0f;
 __device__ __forceinline__ Stats<float> no_stats() { return {-INFINITY, 0.0f, 0.0f}; }
 
 // exp(delta) in two instructions, for sums. The product's rounding costs |delta| 2^-24 and ex2.approx 2^-22, relative.
-// Terms that weigh something have delta > -13 (e^-13 * 300,000 < 1), so a sum is off by 1e-6 at most, log p by the same
-// (it may be 1e-5) and the entropy by twice that (5e-6). expf costs eight instructions, and at 2 bytes a logit this pass
-// has time for about fourteen.
+// Terms that weigh something have delta > -13 (e^-13 * 300,000 < 1), so a sum is off by 1e-6 at most, log p by as much
+// (it may be 1e-5) and the entropy by twice that (5e-6). expf costs eight instructions, and at 2 bytes a logit this
+// pass has time for about fourteen.
 __device__ __forceinline__ float quick_exp(float delta) {
   constexpr float kLog2E = 1.44269504f;
   return approximate_exp2(delta * kLog2E);
