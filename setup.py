@@ -94,7 +94,7 @@ def extension_arguments() -> dict:
         "gft_megatron._C",
         sources,
         include_dirs=[os.path.abspath("csrc")],
-        depends=sorted(glob("csrc/**/*.h", recursive=True)),
+        depends=sorted(glob("csrc/**/*.*", recursive=True)),
         extra_compile_args=compile_flags,
         extra_link_args=["-fopenmp"],
     )

@@ -91,19 +91,33 @@ struct Token {
   float log_sum;
 };
 
-// Merge one row's statistics in shard order; `stride` floats lie between shards. A label that no shard owns gives NaN.
+// Disjoint parts of one row as a whole: their statistics, and the label relative to the common maximum (kNotOwned where
+// no part has it).
+struct Merged {
+  Stats<double> stats;
+  double label;
+};
+
+// Merge one row's parts in their order, so that whoever does it gets the same bits; `stride` floats lie between parts.
+GFT_INLINE Merged merge_parts(const float* parts, int64_t num_parts, int64_t stride) {
+  float max = -INFINITY;
+  for (int64_t i = 0; i < num_parts; ++i) max = parts[i * stride] > max ? parts[i * stride] : max;
+  Merged merged = {{max, 0.0, 0.0}, kNotOwned};
+  for (int64_t i = 0; i < num_parts; ++i) {
+    const float* part = parts + i * stride;
+    const Stats<double> moved = relative_to(Stats<double>{part[0], part[1], part[2]}, max);
+    merged.stats.sum += moved.sum;
+    merged.stats.weighted += moved.weighted;
+    if (part[3] != kNotOwned) merged.label = part[3] + (static_cast<double>(finite_shift(part[0])) - finite_shift(max));
+  }
+  return merged;
+}
+
+// One row's shards, in rank order, to its results. A label that no shard owns gives NaN.
 GFT_INLINE Token combine(const float* stats, int64_t num_shards, int64_t stride) {
-  Stats<double> total = {-INFINITY, 0.0, 0.0};
-  for (int64_t i = 0; i < num_shards; ++i) {
-    const float* shard = stats + i * stride;
-    total = merge(total, Stats<double>{shard[0], shard[1], shard[2]});
-  }
-  double label = NAN;
-  for (int64_t i = 0; i < num_shards; ++i) {
-    const float* shard = stats + i * stride;
-    if (shard[3] != kNotOwned)
-      label = shard[3] + (static_cast<double>(finite_shift(shard[0])) - finite_shift(total.max));
-  }
+  const Merged merged = merge_parts(stats, num_shards, stride);
+  const Stats<double> total = merged.stats;
+  const double label = merged.label == kNotOwned ? NAN : merged.label;
   const double log_sum = log(total.sum);
   const double entropy = log_sum - total.weighted / total.sum;
   return {static_cast<float>(label - log_sum), static_cast<float>(entropy < 0 ? 0 : entropy), finite_shift(total.max),

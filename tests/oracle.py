@@ -49,3 +49,37 @@ def assert_grad_close(grad: Tensor, expected: Tensor) -> None:
     smallest = torch.finfo(grad.dtype).smallest_normal * torch.finfo(grad.dtype).eps
     rtol = {torch.float32: 5e-6}.get(grad.dtype, torch.finfo(grad.dtype).eps * 0.51)
     torch.testing.assert_close(grad.double(), expected, rtol=rtol, atol=3e-7 * (1.0 + scale) + smallest)
+
+
+def assert_promised_grad(
+    grad: Tensor,  # [n, v]
+    expected: Tensor,  # [n, v] fp64
+    logits: Tensor,  # [n, v]
+    labels: Tensor,  # [n]
+    grad_log_probs: Tensor,  # [n]
+    grad_entropy: Tensor,  # [n]
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> None:
+    """Within 5e-6 of what is added up to an element, and of 1 where the label's probability is subtracted from it; then
+    one rounding to the gradient's dtype. So the gradient of a token of probability 1e-12 is still a good one. (From
+    1e-18 on it is less so: log p is rounded twice, each time by 2^-24 of itself.)
+
+    1 / temperature has to be exact in fp32: its rounding is not the operators' error."""
+    vocab = logits.shape[1] if vocab_size is None else vocab_size
+    log_p = (logits[:, :vocab].double() / temperature).log_softmax(-1)
+    p = log_p.exp()
+    surprise = torch.where(p > 0, -log_p, 0.0)
+    entropy = (p * surprise).sum(-1, keepdim=True)
+    size = p * (grad_log_probs.abs()[:, None] + grad_entropy.abs()[:, None] * (surprise + entropy))
+    size *= (surprise * 2**-23 / 5e-6).clamp(min=1.0)
+    live = labels >= 0
+    size[live, labels[live]] += grad_log_probs[live].abs()
+    size = torch.nn.functional.pad(size, (0, logits.shape[1] - vocab)) / temperature
+    info = torch.finfo(grad.dtype)
+    rounding = 0.0 if grad.dtype == torch.float32 else info.eps / 2
+    allowed = 5e-6 * size + rounding * expected.abs() * (1 + 1e-3) + max(info.smallest_normal * info.eps, 2e-38)
+    wrong = ((grad.double() - expected).abs() > allowed) & live[:, None]
+    assert not wrong.any(), f"{int(wrong.sum())} elements, the first at {wrong.nonzero()[0].tolist()}"
+    assert not grad[~live].any() and not grad[:, vocab:].any()

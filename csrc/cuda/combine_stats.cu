@@ -1,5 +1,6 @@
 // combine_stats: one thread merges the shards of one row, in rank order.
 #include "cuda/kernels.h"
+#include "cuda/machine.cuh"
 #include "rows.h"
 
 namespace gft_megatron::cuda {
@@ -20,9 +21,8 @@ __global__ void __launch_bounds__(kThreads) combine_stats_kernel(const __grid_co
 }  // namespace
 
 cudaError_t combine_stats(const CombineParams& params, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>((params.num_rows + kThreads - 1) / kThreads));
-  combine_stats_kernel<<<grid, kThreads, 0, stream>>>(params);
-  return cudaGetLastError();
+  const Launch shape = {(params.num_rows + kThreads - 1) / kThreads, 1, kThreads, 1, 0};
+  return launch(combine_stats_kernel, shape, params, stream);
 }
 
 }  // namespace gft_megatron::cuda

@@ -1,131 +1,80 @@
-// row_stats: one thread block reads one row once, 16 bytes at a time, and leaves four numbers.
+// row_stats: one thread block reads one row, or one stretch of it, once and leaves four numbers.
 #include "cuda/kernels.h"
-#include "cuda/vector.cuh"
-#include "rows.h"
+#include "cuda/scan.cuh"
 
 namespace gft_megatron::cuda {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kWarp = 32;
-constexpr int kWarps = kThreads / kWarp;
-constexpr int kUnroll = 4;  // vectors in flight per thread
+constexpr int kBlocksAtOnce = 3;  // on a processor: no more registers than that leaves
+constexpr int kMergeThreads = 128;
 
-// exp() of anything below this is 0 in fp32; 0 * -inf would be NaN.
-constexpr float kExpFloor = -104.0f;
+// Four blocks on each of 132 processors. A constant, so that a row gives the same bits on every device.
+constexpr int64_t kEnoughBlocks = 528;
+constexpr int64_t kSmallestStretch = 16384;  // elements that are worth a block
 
-__device__ __forceinline__ Stats<float> no_stats() { return {-INFINITY, 0.0f, 0.0f}; }
-
-// Take N logits into a thread's running statistics. fmaxf skips NaN, but the sum keeps it.
-template <bool kEntropy, int N>
-__device__ __forceinline__ void absorb(Stats<float>& stats, const float (&logits)[N], float inv_temperature) {
-  float largest = logits[0];
-#pragma unroll
-  for (int k = 1; k < N; ++k) largest = fmaxf(largest, logits[k]);
-  largest *= inv_temperature;
-  if (largest > stats.max) stats = relative_to(stats, largest);
-  const float shift = finite_shift(stats.max);
-#pragma unroll
-  for (int k = 0; k < N; ++k) {
-    const float delta = below_max(logits[k], inv_temperature, shift);
-    const float e = __expf(delta);
-    stats.sum += e;
-    if (kEntropy) stats.weighted += e * fmaxf(delta, kExpFloor);
-  }
-}
-
-template <bool kEntropy, typename T>
-__device__ __forceinline__ void absorb_one(Stats<float>& stats, T logit, float inv_temperature) {
-  const float logits[1] = {to_float(logit)};
-  absorb<kEntropy>(stats, logits, inv_temperature);
-}
-
-template <bool kEntropy, typename T>
-__device__ __forceinline__ void absorb_vector(Stats<float>& stats, const Vector<T>& vector, float inv_temperature) {
-  float logits[kVectorWidth<T>];
-#pragma unroll
-  for (int k = 0; k < kVectorWidth<T>; ++k) logits[k] = to_float(vector.values[k]);
-  absorb<kEntropy>(stats, logits, inv_temperature);
-}
-
+// A grid of (rows, stretches of a row). `params.stats` is [stretches, n, 4].
 template <typename T, bool kEntropy>
-__device__ __forceinline__ Stats<float> scan_row(const T* row, int64_t width, float inv_temperature) {
-  Stats<float> stats = no_stats();
-  const RowSplit split = split_row(row, width);
-  if (threadIdx.x < split.head) absorb_one<kEntropy>(stats, row[threadIdx.x], inv_temperature);
-  constexpr int64_t kStep = int64_t{kThreads} * kVectorWidth<T>;
-  int64_t i = split.head + int64_t{threadIdx.x} * kVectorWidth<T>;
-  for (; i + (kUnroll - 1) * kStep < split.tail; i += kUnroll * kStep) {
-    Vector<T> vectors[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) vectors[u] = load_vector(row + i + u * kStep);
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) absorb_vector<kEntropy>(stats, vectors[u], inv_temperature);
-  }
-  for (; i < split.tail; i += kStep) absorb_vector<kEntropy>(stats, load_vector(row + i), inv_temperature);
-  if (split.tail + threadIdx.x < width) absorb_one<kEntropy>(stats, row[split.tail + threadIdx.x], inv_temperature);
-  return stats;
-}
-
-__device__ __forceinline__ Stats<float> merge_warp(Stats<float> stats) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const Stats<float> other = {__shfl_xor_sync(~0u, stats.max, offset), __shfl_xor_sync(~0u, stats.sum, offset),
-                                __shfl_xor_sync(~0u, stats.weighted, offset)};
-    stats = merge(stats, other);
-  }
-  return stats;
-}
-
-template <typename T, bool kEntropy>
-__global__ void __launch_bounds__(kThreads) row_stats_kernel(const __grid_constant__ StatsParams params) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+    row_stats_kernel(const __grid_constant__ StatsParams params) {
   const Shard& shard = params.shard;
   const int64_t i = blockIdx.x;
-  float* out = params.stats + 4 * i;
+  float* out = params.stats + 4 * (blockIdx.y * shard.num_rows + i);
   const int64_t label = shard.labels[i];
   if (label < 0) {
-    if (threadIdx.x == 0) write_ignored_stats(out, shard.vocab_start);
+    if (threadIdx.x == 0) write_ignored_stats(out, shard.vocab_start + blockIdx.y);
     return;
   }
-  const T* row = static_cast<const T*>(shard.logits) + i * shard.row_stride;
-  Stats<float> stats = merge_warp(scan_row<T, kEntropy>(row, shard.valid_width, shard.inv_temperature));
-
-  __shared__ Stats<float> warps[kWarps];
-  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = stats;
-  __syncthreads();
-  if (threadIdx.x >= kWarp) return;
-  stats = merge_warp(threadIdx.x < kWarps ? warps[threadIdx.x] : no_stats());
+  const Stretch stretch =
+      stretch_of(static_cast<int>(shard.valid_width), static_cast<int>(gridDim.y), static_cast<int>(blockIdx.y));
+  const T* row = static_cast<const T*>(shard.logits) + i * shard.row_stride + stretch.begin;
+  const int column = in_stretch(label - shard.vocab_start, stretch);
+  const bool owned = column >= 0 && column < stretch.width;
+  const float label_logit = owned && threadIdx.x == 0 ? to_float(row[column]) : 0.0f;
+  Stats<float> stats = scan<kThreads, kEntropy, false, T>(row, stretch.width, shard.inv_temperature, nullptr);
+  stats = merge_block<kThreads>(stats, reinterpret_cast<Stats<float>*>(block_memory()));
   if (threadIdx.x > 0) return;
-  const int64_t column = label - shard.vocab_start;
-  const bool owned = column >= 0 && column < shard.valid_width;
-  const float label_logit =
-      owned ? below_max(to_float(row[column]), shard.inv_temperature, finite_shift(stats.max)) : kNotOwned;
-  write_stats(out, stats.max, stats.sum, kEntropy ? stats.weighted : NAN, label_logit);
+  const float label_delta = owned ? below_max(label_logit, shard.inv_temperature, finite_shift(stats.max)) : kNotOwned;
+  write_stats(out, stats.max, stats.sum, kEntropy ? stats.weighted : NAN, label_delta);
 }
 
-template <typename T>
-cudaError_t launch(const StatsParams& params, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(params.shard.num_rows));
-  if (params.want_entropy) {
-    row_stats_kernel<T, true><<<grid, kThreads, 0, stream>>>(params);
-  } else {
-    row_stats_kernel<T, false><<<grid, kThreads, 0, stream>>>(params);
-  }
-  return cudaGetLastError();
+struct MergeParams {
+  const float* partial;  // [splits, n, 4]
+  int64_t splits;
+  int64_t num_rows;
+  float* stats;  // [n, 4]
+};
+
+// One thread a row.
+__global__ void __launch_bounds__(kMergeThreads) merge_splits_kernel(const __grid_constant__ MergeParams params) {
+  const int64_t i = int64_t{blockIdx.x} * kMergeThreads + threadIdx.x;
+  if (i >= params.num_rows) return;
+  const Merged merged = merge_parts(params.partial + 4 * i, params.splits, 4 * params.num_rows);
+  write_stats(params.stats + 4 * i, merged.stats.max, static_cast<float>(merged.stats.sum),
+              static_cast<float>(merged.stats.weighted), static_cast<float>(merged.label));
 }
 
 }  // namespace
 
-cudaError_t row_stats(const StatsParams& params, cudaStream_t stream) {
-  switch (params.shard.dtype) {
-    case Dtype::kFloat32:
-      return launch<float>(params, stream);
-    case Dtype::kBFloat16:
-      return launch<__nv_bfloat16>(params, stream);
-    case Dtype::kFloat16:
-      return launch<__half>(params, stream);
-  }
-  return cudaErrorInvalidValue;
+int64_t row_stats_splits(int64_t num_rows, int64_t width) {
+  const int64_t wanted = kEnoughBlocks / num_rows;
+  const int64_t most = width / kSmallestStretch;
+  const int64_t splits = wanted < most ? wanted : most;
+  return splits > 1 ? splits : 1;
+}
+
+cudaError_t row_stats(const StatsParams& params, int64_t splits, float* partial, cudaStream_t stream) {
+  const int64_t num_rows = params.shard.num_rows;
+  StatsParams parts = params;
+  if (splits > 1) parts.stats = partial;
+  const Launch shape = {num_rows, splits, kThreads, 1, kThreads / kWarp * int64_t{sizeof(Stats<float>)}};
+  const cudaError_t error = with_element(params.shard, [&](auto zero) {
+    using T = decltype(zero);
+    return launch(params.want_entropy ? row_stats_kernel<T, true> : row_stats_kernel<T, false>, shape, parts, stream);
+  });
+  if (error != cudaSuccess || splits == 1) return error;
+  const Launch merge_shape = {(num_rows + kMergeThreads - 1) / kMergeThreads, 1, kMergeThreads, 1, 0};
+  return launch(merge_splits_kernel, merge_shape, MergeParams{partial, splits, num_rows, params.stats}, stream);
 }
 
 }  // namespace gft_megatron::cuda
