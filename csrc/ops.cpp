@@ -27,6 +27,7 @@ using at::Tensor;
 struct Cpu {
   explicit Cpu(const Tensor&) {}
   void row_stats(const StatsParams& params) const { cpu::row_stats(params); }
+  void merge_stats(const MergeParams& params) const { cpu::merge_stats(params); }
   void combine_stats(const CombineParams& params) const { cpu::combine_stats(params); }
   void row_grad(const GradParams& params) const { cpu::row_grad(params); }
   void rectified_sweep(const SweepParams& params) const { cpu::rectified_sweep(params); }
@@ -40,12 +41,18 @@ struct Cuda {
   void row_stats(const StatsParams& params) const {
     const int64_t num_rows = params.shard.num_rows;
     const int64_t splits = cuda::row_stats_splits(num_rows, params.shard.valid_width);
+    if (splits == 1) {
+      C10_CUDA_CHECK(cuda::row_stats(params, splits, stream));
+      return;
+    }
     // Given back to torch's allocator on return; kernels of this stream that follow run after this one.
-    const Tensor partial =
-        splits > 1 ? at::empty({splits, num_rows, 4}, at::device(guard.current_device()).dtype(at::kFloat)) : Tensor();
-    float* partial_data = splits > 1 ? partial.mutable_data_ptr<float>() : nullptr;
-    C10_CUDA_CHECK(cuda::row_stats(params, splits, partial_data, stream));
+    const Tensor parts = at::empty({splits, num_rows, 4}, at::device(guard.current_device()).dtype(at::kFloat));
+    StatsParams in_parts = params;
+    in_parts.stats = parts.mutable_data_ptr<float>();
+    C10_CUDA_CHECK(cuda::row_stats(in_parts, splits, stream));
+    merge_stats({in_parts.stats, splits, num_rows, params.stats});
   }
+  void merge_stats(const MergeParams& params) const { C10_CUDA_CHECK(cuda::merge_stats(params, stream)); }
   void combine_stats(const CombineParams& params) const { C10_CUDA_CHECK(cuda::combine_stats(params, stream)); }
   void row_grad(const GradParams& params) const { C10_CUDA_CHECK(cuda::row_grad(params, stream)); }
   void rectified_sweep(const SweepParams& params) const { C10_CUDA_CHECK(cuda::rectified_sweep(params, stream)); }
@@ -116,10 +123,26 @@ Tensor row_stats(const Tensor& logits, const Tensor& labels, int64_t vocab_start
   return stats;
 }
 
-template <typename Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> combine_stats(const Tensor& stats) {
+void check_parts(const Tensor& stats) {
   TORCH_CHECK_VALUE(stats.dim() == 3 && stats.size(0) > 0 && stats.size(2) == 4 && stats.scalar_type() == at::kFloat,
                     "stats must be [num_shards, n, 4] float32, got ", stats.sizes(), " ", stats.scalar_type());
+}
+
+template <typename Device>
+Tensor merge_stats(const Tensor& stats) {
+  check_parts(stats);
+  const Device device(stats);
+  const Tensor all = stats.contiguous();
+  Tensor merged = at::empty({all.size(1), 4}, all.options());
+  if (all.size(1) > 0) {
+    device.merge_stats({all.const_data_ptr<float>(), all.size(0), all.size(1), merged.mutable_data_ptr<float>()});
+  }
+  return merged;
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> combine_stats(const Tensor& stats) {
+  check_parts(stats);
   const Device device(stats);
   const Tensor all = stats.contiguous();
   const int64_t num_rows = all.size(1);
@@ -232,6 +255,8 @@ TORCH_LIBRARY(gft_megatron, m) {
   m.def(
       "row_stats(Tensor logits, Tensor labels, int vocab_start, int valid_vocab, float inv_temperature, "
       "bool want_entropy) -> Tensor");
+  // Parts of one shard [num_parts, n, 4], in the order of their columns -> [n, 4], as row_stats of the whole shard
+  m.def("merge_stats(Tensor stats) -> Tensor");
   // stats [p, n, 4], in shard order -> four [n] fp32; entropy is NaN where row_stats was not asked for it
   m.def("combine_stats(Tensor stats) -> (Tensor log_prob, Tensor entropy, Tensor max, Tensor log_sum)");
   // Writes dL/dlogits [n, v/p] from the per-token dL/dlog_prob and dL/dentropy [n] fp32; grad may be logits.
@@ -253,6 +278,7 @@ TORCH_LIBRARY(gft_megatron, m) {
 
 TORCH_LIBRARY_IMPL(gft_megatron, CPU, m) {
   m.impl("row_stats", row_stats<Cpu>);
+  m.impl("merge_stats", merge_stats<Cpu>);
   m.impl("combine_stats", combine_stats<Cpu>);
   m.impl("row_grad_", row_grad_<Cpu>);
   m.impl("rectified_sweep_", rectified_sweep_<Cpu>);
@@ -263,6 +289,7 @@ TORCH_LIBRARY_IMPL(gft_megatron, CPU, m) {
 #ifdef GFT_MEGATRON_WITH_CUDA
 TORCH_LIBRARY_IMPL(gft_megatron, CUDA, m) {
   m.impl("row_stats", row_stats<Cuda>);
+  m.impl("merge_stats", merge_stats<Cuda>);
   m.impl("combine_stats", combine_stats<Cuda>);
   m.impl("row_grad_", row_grad_<Cuda>);
   m.impl("rectified_sweep_", rectified_sweep_<Cuda>);

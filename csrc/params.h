@@ -26,6 +26,14 @@ struct StatsParams {
   float* stats;  // [n, 4], see rows.h
 };
 
+// Parts of the rows of one shard, in the order of their columns, to that shard.
+struct MergeParams {
+  const float* parts;  // [num_parts, n, 4]
+  int64_t num_parts;
+  int64_t num_rows;
+  float* stats;  // [n, 4]
+};
+
 struct CombineParams {
   const float* stats;  // [num_shards, n, 4]
   int64_t num_shards;

@@ -113,6 +113,11 @@ GFT_INLINE Merged merge_parts(const float* parts, int64_t num_parts, int64_t str
   return merged;
 }
 
+GFT_INLINE void write_merged(float* out, Merged merged) {
+  write_stats(out, merged.stats.max, static_cast<float>(merged.stats.sum), static_cast<float>(merged.stats.weighted),
+              static_cast<float>(merged.label));
+}
+
 // One row's shards, in rank order, to its results. A label that no shard owns gives NaN.
 GFT_INLINE Token combine(const float* stats, int64_t num_shards, int64_t stride) {
   const Merged merged = merge_parts(stats, num_shards, stride);

@@ -61,6 +61,14 @@ void row_stats(const StatsParams& params) {
   for_rows(params.shard.num_rows, params.shard.width, [&](int64_t begin, int64_t end) { stats(params, begin, end); });
 }
 
+void merge_stats(const MergeParams& params) {
+  for_rows(params.num_rows, params.num_parts, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      write_merged(params.stats + 4 * i, merge_parts(params.parts + 4 * i, params.num_parts, 4 * params.num_rows));
+    }
+  });
+}
+
 void combine_stats(const CombineParams& params) {
   for_rows(params.num_rows, params.num_shards, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

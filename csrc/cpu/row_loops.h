@@ -24,6 +24,7 @@ const RowLoops& row_loops();
 
 // Threaded over rows.
 void row_stats(const StatsParams& params);
+void merge_stats(const MergeParams& params);
 void combine_stats(const CombineParams& params);
 void row_grad(const GradParams& params);
 void rectified_sweep(const SweepParams& params);

@@ -7,7 +7,6 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kBlocksAtOnce = 3;  // on a processor: no more registers than that leaves
-constexpr int kMergeThreads = 128;
 
 // Four blocks on each of 132 processors. A constant, so that a row gives the same bits on every device.
 constexpr int64_t kEnoughBlocks = 528;
@@ -38,22 +37,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   write_stats(out, stats.max, stats.sum, kEntropy ? stats.weighted : NAN, label_delta);
 }
 
-struct MergeParams {
-  const float* partial;  // [splits, n, 4]
-  int64_t splits;
-  int64_t num_rows;
-  float* stats;  // [n, 4]
-};
-
-// One thread a row.
-__global__ void __launch_bounds__(kMergeThreads) merge_splits_kernel(const __grid_constant__ MergeParams params) {
-  const int64_t i = int64_t{blockIdx.x} * kMergeThreads + threadIdx.x;
-  if (i >= params.num_rows) return;
-  const Merged merged = merge_parts(params.partial + 4 * i, params.splits, 4 * params.num_rows);
-  write_stats(params.stats + 4 * i, merged.stats.max, static_cast<float>(merged.stats.sum),
-              static_cast<float>(merged.stats.weighted), static_cast<float>(merged.label));
-}
-
 }  // namespace
 
 int64_t row_stats_splits(int64_t num_rows, int64_t width) {
@@ -63,18 +46,12 @@ int64_t row_stats_splits(int64_t num_rows, int64_t width) {
   return splits > 1 ? splits : 1;
 }
 
-cudaError_t row_stats(const StatsParams& params, int64_t splits, float* partial, cudaStream_t stream) {
-  const int64_t num_rows = params.shard.num_rows;
-  StatsParams parts = params;
-  if (splits > 1) parts.stats = partial;
-  const Launch shape = {num_rows, splits, kThreads, 1, kThreads / kWarp * int64_t{sizeof(Stats<float>)}};
-  const cudaError_t error = with_element(params.shard, [&](auto zero) {
+cudaError_t row_stats(const StatsParams& params, int64_t splits, cudaStream_t stream) {
+  const Launch shape = {params.shard.num_rows, splits, kThreads, 1, kThreads / kWarp * int64_t{sizeof(Stats<float>)}};
+  return with_element(params.shard, [&](auto zero) {
     using T = decltype(zero);
-    return launch(params.want_entropy ? row_stats_kernel<T, true> : row_stats_kernel<T, false>, shape, parts, stream);
+    return launch(params.want_entropy ? row_stats_kernel<T, true> : row_stats_kernel<T, false>, shape, params, stream);
   });
-  if (error != cudaSuccess || splits == 1) return error;
-  const Launch merge_shape = {(num_rows + kMergeThreads - 1) / kMergeThreads, 1, kMergeThreads, 1, 0};
-  return launch(merge_splits_kernel, merge_shape, MergeParams{partial, splits, num_rows, params.stats}, stream);
 }
 
 }  // namespace gft_megatron::cuda

@@ -58,6 +58,11 @@ def _row_stats(
     return logits.new_empty((logits.shape[0], 4), dtype=torch.float32)
 
 
+@torch.library.register_fake("gft_megatron::merge_stats")
+def _merge_stats(stats: Tensor) -> Tensor:
+    return stats.new_empty(stats.shape[1:])
+
+
 @torch.library.register_fake("gft_megatron::combine_stats")
 def _combine_stats(stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     log_prob, entropy, maximum, log_sum = (stats.new_empty(stats.shape[1]) for _ in range(4))

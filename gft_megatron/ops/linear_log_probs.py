@@ -32,7 +32,6 @@ from gft_megatron.ops.linear import (
 )
 
 CHUNK_TOKENS = 4096
-_NOT_OWNED = float("inf")  # kNotOwned in csrc/rows.h
 
 
 def linear_log_probs(
@@ -147,23 +146,8 @@ def _statistics(
             logits = buffer.product(hidden[rows], weight[columns])
             place = shard.statistics_arguments(columns.start, columns.stop - columns.start)
             by_tile.append(ops.row_stats(logits, labels[rows], *place))
-        stats[rows] = _merge(by_tile)
+        stats[rows] = ops.merge_stats(torch.stack(by_tile))
     return stats
-
-
-def _merge(tiles: list[Tensor]) -> Tensor:  # [m, 4] each -> [m, 4]
-    """Tiles of one rank as one shard, by the rules of csrc/rows.h, so that 16 bytes a token travel."""
-    if len(tiles) == 1:
-        return tiles[0]
-    maxima, sums, weighted, labels = torch.stack(tiles).double().unbind(-1)  # [tiles, m]
-    maximum = maxima.amax(0)
-    shift = torch.where(maximum.isneginf(), 0.0, maximum)
-    delta = torch.where(maxima.isneginf(), 0.0, maxima) - shift
-    scale = torch.where(sums == 0, 0.0, delta.exp())  # an empty tile has nothing to scale
-    moved = torch.where(scale == 0, 0.0 * sums, scale * (weighted + sums * delta))
-    owned = labels != _NOT_OWNED
-    label = torch.where(owned, labels + delta, 0.0).sum(0).where(owned.any(0), _NOT_OWNED)
-    return torch.stack([maximum, (sums * scale).sum(0), moved.sum(0), label], dim=-1).float()
 
 
 def _gradients(

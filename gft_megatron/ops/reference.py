@@ -41,21 +41,30 @@ def row_stats(
     return torch.where((labels < 0)[:, None], stats.new_tensor(ignored), stats)
 
 
-def combine_stats(stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[p, n, 4] -> log_prob, entropy, max, log_sum, each [n] fp32."""
+def merge_stats(stats: Tensor) -> Tensor:
+    """Parts of one shard [num_parts, n, 4] -> [n, 4] fp32."""
+    return torch.stack(_merged(stats), dim=-1).float()
+
+
+def _merged(stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [p, n, 4] -> four [n] fp64
     maxima, sums, weighted, labels = stats.double().unbind(-1)  # [p, n]
     maximum = maxima.amax(0)
-    shift = torch.where(maximum.isneginf(), 0.0, maximum)
-    delta = torch.where(maxima.isneginf(), 0.0, maxima) - shift
+    delta = torch.where(maxima.isneginf(), 0.0, maxima) - torch.where(maximum.isneginf(), 0.0, maximum)
     scale = torch.where(sums == 0, 0.0, delta.exp())
-    total = (sums * scale).sum(0)
     moved = torch.where(scale == 0, 0.0 * sums, scale * (weighted + sums * delta))
-    log_sum = total.log()
     owned = labels != NOT_OWNED
-    label = torch.where(owned, labels + delta, 0.0).sum(0)
-    label = torch.where(owned.any(0), label, float("nan"))
-    entropy = (log_sum - moved.sum(0) / total).clamp(min=0)
-    return (label - log_sum).float(), entropy.float(), shift.float(), log_sum.float()
+    label = torch.where(owned, labels + delta, 0.0).sum(0).where(owned.any(0), NOT_OWNED)
+    return maximum, (sums * scale).sum(0), moved.sum(0), label
+
+
+def combine_stats(stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[p, n, 4] -> log_prob, entropy, max, log_sum, each [n] fp32."""
+    maximum, total, weighted, label = _merged(stats)
+    log_sum = total.log()
+    log_prob = torch.where(label == NOT_OWNED, float("nan"), label - log_sum)
+    entropy = (log_sum - weighted / total).clamp(min=0)
+    shift = torch.where(maximum.isneginf(), 0.0, maximum)
+    return log_prob.float(), entropy.float(), shift.float(), log_sum.float()
 
 
 def row_grad_(

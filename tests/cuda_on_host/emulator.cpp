@@ -344,9 +344,8 @@ void guarded_free(void* p, size_t bytes) {
 }
 
 int64_t emulated_row_stats_splits(int64_t num_rows, int64_t width) { return cuda::row_stats_splits(num_rows, width); }
-int emulated_row_stats(const StatsParams* params, int64_t splits, float* partial) {
-  return cuda::row_stats(*params, splits, partial, nullptr);
-}
+int emulated_row_stats(const StatsParams* params, int64_t splits) { return cuda::row_stats(*params, splits, nullptr); }
+int emulated_merge_stats(const MergeParams* params) { return cuda::merge_stats(*params, nullptr); }
 int emulated_combine_stats(const CombineParams* params) { return cuda::combine_stats(*params, nullptr); }
 int emulated_row_grad(const GradParams* params) { return cuda::row_grad(*params, nullptr); }
 int emulated_rectified_sweep(const SweepParams* params) { return cuda::rectified_sweep(*params, nullptr); }

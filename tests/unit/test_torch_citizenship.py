@@ -45,6 +45,7 @@ def op_arguments(name: str, n: int) -> tuple:
     leaf = logits.clone().requires_grad_()
     return {
         "row_stats": (logits, labels, *place, True),
+        "merge_stats": (stats,),
         "combine_stats": (stats,),
         "row_grad_": (logits, torch.empty_like(logits), labels, *place, maximum, log_sum, entropy, *vectors[:2]),
         "rectified_sweep_": (logits, torch.empty_like(logits), labels, *place[1:], vectors[0], vectors[1].sigmoid()),
@@ -56,7 +57,15 @@ def op_arguments(name: str, n: int) -> tuple:
     }[name]
 
 
-COMPILED = ["row_stats", "combine_stats", "row_grad_", "rectified_sweep_", "segment_sums", "group_advantages"]
+COMPILED = [
+    "row_stats",
+    "merge_stats",
+    "combine_stats",
+    "row_grad_",
+    "rectified_sweep_",
+    "segment_sums",
+    "group_advantages",
+]
 COMPOSED = ["log_probs", "log_probs_grad", "rectified"]
 
 
