@@ -2,9 +2,10 @@
 // Each sees the shard of one rank and calls no collective; merging the shards of several ranks is left to the caller.
 
 #include <ATen/ATen.h>
-#include <ATen/MemoryOverlap.h>
 #include <torch/library.h>
 
+#include <cfloat>
+#include <cstdlib>
 #include <optional>
 #include <tuple>
 
@@ -99,8 +100,8 @@ Shard make_shard(const Tensor& logits, const Tensor& labels, int64_t vocab_start
   TORCH_CHECK_VALUE(vocab_start >= 0, "vocab_start must not be negative, got ", vocab_start);
   TORCH_CHECK_VALUE(0 <= valid_vocab && valid_vocab <= logits.size(1), "valid_vocab must be in [0, ", logits.size(1),
                     "], got ", valid_vocab);
-  TORCH_CHECK_VALUE(inv_temperature > 0 && inv_temperature < HUGE_VALF,
-                    "inv_temperature must be positive and finite, got ", inv_temperature);
+  TORCH_CHECK_VALUE(inv_temperature >= FLT_MIN && inv_temperature <= FLT_MAX,
+                    "inv_temperature must be positive and finite in fp32, got ", inv_temperature);
   return {logits.const_data_ptr(),
           labels.const_data_ptr<int64_t>(),
           logits.size(0),
@@ -156,6 +157,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> combine_stats(const Tensor& stats) {
   return {log_prob, entropy, max, log_sum};
 }
 
+// Whether a row of one shares memory with a row of the other. Rows of different strides count as if they did as soon as
+// the stretches from the first row to the last meet.
+bool rows_overlap(const Tensor& a, const Tensor& b) {
+  if (!a.is_alias_of(b)) return false;
+  const int64_t rows = a.size(0), width = a.size(1);
+  const auto end = [&](const Tensor& t) { return t.storage_offset() + (rows - 1) * t.stride(0) + width; };
+  if (a.storage_offset() >= end(b) || b.storage_offset() >= end(a)) return false;
+  if (rows == 1 || a.stride(0) != b.stride(0)) return true;
+  const int64_t shift = std::abs(a.storage_offset() - b.storage_offset()) % a.stride(0);
+  return shift < width || a.stride(0) - shift < width;
+}
+
 // Overwriting the logits is allowed, overwriting a part of them that is still to be read is not.
 void check_grad(const Tensor& grad, const Tensor& logits) {
   check_rows("grad", grad);
@@ -170,7 +183,7 @@ void check_grad(const Tensor& grad, const Tensor& logits) {
     TORCH_CHECK_VALUE(grad.strides() == logits.strides(),
                       "grad starts where logits does with other strides: ", grad.strides(), " and ", logits.strides());
   } else {
-    at::assert_no_partial_overlap(grad, logits);
+    TORCH_CHECK_VALUE(!rows_overlap(grad, logits), "grad and logits overlap, and do not start at the same place");
   }
 }
 

@@ -178,7 +178,8 @@ class _Pass:
         self._tokens, self._shard, self._plan = tokens, shard, plan
         self._ops = row_ops(hidden.device)
         self._finish_hidden: Callable[[], Tensor] | None = None
-        self._grad_hidden = torch.empty_like(hidden) if plan.needs_hidden else None
+        # Not empty_like: of hidden states in another order of memory it would be one that NCCL does not send.
+        self._grad_hidden = hidden.new_empty(hidden.shape) if plan.needs_hidden else None
         self.grad_weight: Tensor | None = None
         if plan.needs_weight and main_grad is None:
             self.grad_weight = torch.zeros(weight.shape, device=weight.device)

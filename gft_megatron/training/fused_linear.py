@@ -74,7 +74,7 @@ class _WithZeroGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, loss: Tensor, weight: Tensor) -> Tensor:
         ctx.weight = weight
-        return loss.view_as(loss)
+        return loss.clone()  # a pipeline schedule frees what a stage returns, and refuses views
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_loss: Tensor) -> tuple[Tensor, Tensor]:

@@ -179,3 +179,31 @@ def check_next_product_runs_before_the_wait(rank: int, world_size: int) -> None:
 
 def test_statistics_travel_behind_the_next_product() -> None:
     run_on_ranks(check_next_product_runs_before_the_wait, 2)
+
+
+def check_what_travels_is_contiguous(rank: int, world_size: int) -> None:
+    """gloo sends any dense tensor; NCCL refuses what is not contiguous."""
+    hidden, weight, labels, upstream = make_case(world_size, 100, 200, torch.float32)
+    hidden, labels = hidden.nan_to_num(), labels.clamp(min=0)  # all rows count: none is copied
+    expected = dense(hidden, weight, labels, upstream * torch.tensor([[1.0], [0.0]]), 200)[2]
+    options = {"tp_group": dist.group.WORLD, "temperature": TEMPERATURE}
+    original, strides = dist.all_reduce, []
+
+    def all_reduce(tensor: Tensor, **arguments):
+        strides.append(tensor.stride())
+        return original(tensor, **arguments)
+
+    dist.all_reduce = all_reduce
+    shard = weight[rank * 100 : (rank + 1) * 100]
+    for run in (
+        lambda x: linear_loss(x, shard, labels, lambda lp, h, rows: lp * upstream[0, rows], **options)[0],
+        lambda x: (linear_log_probs(x, shard, labels, **options)[0] * upstream[0]).sum(),
+    ):
+        x = hidden.t().contiguous().t().requires_grad_()
+        run(x).backward()
+        assert_near(x.grad, expected, 3e-6)
+    assert strides == [(SIZE, 1)] * 2
+
+
+def test_what_travels_is_contiguous() -> None:
+    run_on_ranks(check_what_travels_is_contiguous, 2)

@@ -8,7 +8,7 @@ import torch
 
 from gft_megatron import LOSSES, LossInputs
 from gft_megatron.losses import is_token_local
-from gft_megatron.training.fused_linear import return_hidden_states
+from gft_megatron.training.fused_linear import _WithZeroGradient, return_hidden_states
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,12 @@ def test_token_local_losses_are(name: str) -> None:
     )
     positions = torch.tensor([3, 9, 17, 18, 29])
     assert torch.equal(loss(inputs.at(positions))[0], loss(inputs)[0][positions])
+
+
+def test_the_loss_of_a_stage_is_no_view() -> None:
+    """Megatron's schedule for pipelines frees what a stage returns (deallocate_output_tensor), and refuses views."""
+    loss, weight = torch.ones((), requires_grad=True), torch.ones(3, requires_grad=True)
+    output = _WithZeroGradient.apply(loss * 2, weight)
+    assert output._base is None
+    output.backward()
+    assert float(loss.grad) == 2.0 and torch.equal(weight.grad, torch.zeros(3))

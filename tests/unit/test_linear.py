@@ -190,8 +190,7 @@ def test_ignored_rows_take_part_in_no_product() -> None:
         assert count.rows == 5
 
 
-@BOTH
-def test_leading_dimensions_and_strides(check_it) -> None:
+def test_leading_dimensions_and_strides() -> None:
     flat = make_case(n=12)
     hidden = flat.hidden.detach().view(4, 3, -1).transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     labels = flat.labels.view(4, 3)

@@ -147,6 +147,20 @@ def test_nan_and_infinity_are_never_hidden(dtype: torch.dtype, poison: float, co
     assert log_probs.isnan().tolist() == entropy.isnan().tolist() == [False, True, True]
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800FF8])
+@pytest.mark.parametrize("column", [5, 255])
+def test_nan_of_any_bits_is_never_hidden(bits: int, column: int) -> None:
+    """Memory that was never written: exponentials that are put together from bits must not make numbers of it."""
+    logits, labels = make_rows(2, 256 + 40, torch.float32)
+    logits.view(torch.int32)[1, column] = bits
+    labels[1] = 17
+    logits.requires_grad_()
+    log_probs, entropy = vocab_parallel_log_probs(logits, labels, with_entropy=True)
+    assert log_probs.isnan().tolist() == entropy.isnan().tolist() == [False, True]
+    torch.autograd.backward([log_probs, entropy], [torch.ones(2), torch.ones(2)])
+    assert logits.grad.isnan().any(-1).tolist() == [False, True]
+
+
 def test_row_of_nothing_is_nan() -> None:
     log_probs, _ = vocab_parallel_log_probs(torch.full((1, 77), -INF), torch.tensor([5]))
     assert log_probs.isnan().all()

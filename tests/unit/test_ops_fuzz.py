@@ -268,7 +268,7 @@ def test_label_outside_the_vocabulary_is_refused(content: Content, where: float,
         vocab_parallel_log_probs(logits, labels, vocab_size=content.vocab)
 
 
-ISAS = ["baseline", "avx2", "avx512"]
+ISAS = ["baseline", "avx2", "avx512", "avx512_bf16"]
 
 
 @pytest.mark.skipif(build_info()["isa"] not in ISAS, reason="no choice of instruction sets on this machine")
