@@ -54,6 +54,8 @@ def transformer_config(
         ValueError: the layout does not divide the model.
     """
     _require_divisible(shape, parallel)
+    if not overrides.get("calculate_per_token_loss", True):
+        raise ValueError("--megatron transformer.calculate_per_token_loss=false: losses here are sums over tokens")
     dtype = torch.bfloat16 if model.bf16 else torch.float32
     on_gpu = torch.cuda.is_available()
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None

@@ -46,6 +46,7 @@ LAYOUTS = {
     "tp2": {"tensor_model_parallel_size": 2},
     "tp2sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "pp2": {"pipeline_model_parallel_size": 2},
+    "pp2overlap": {"pipeline_model_parallel_size": 2, "overlap_grad_reduce": True},
     "pp2vpp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
     "dp2": {},
     "dp2distopt": {"use_distributed_optimizer": True},

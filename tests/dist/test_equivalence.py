@@ -26,7 +26,7 @@ LAYOUTS = {
     },
     "qwen3": {
         1: ["one"],
-        2: ["tp2", "tp2sp", "pp2", "cp2", "tp2sp+fused", "pp2vpp2+fused", "dp2overlap+fused"],
+        2: ["tp2", "tp2sp", "pp2", "cp2", "tp2sp+fused", "pp2overlap+fused", "pp2vpp2+fused", "dp2overlap+fused"],
     },
 }  # fmt: skip
 CASES = [

@@ -1,4 +1,4 @@
-"""What --fused-linear-loss refuses, and what it does to the inputs of a loss."""
+"""What --fused-linear-loss and the settings around it refuse, and what it does to the inputs of a loss."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from gft_megatron import LOSSES, LossInputs
+from gft_megatron.config import ModelConfig, ParallelConfig
 from gft_megatron.losses import is_token_local
 from gft_megatron.training.fused_linear import _WithZeroGradient, return_hidden_states
+from gft_megatron.training.model import transformer_config
 
 
 @pytest.mark.parametrize(
@@ -25,6 +27,13 @@ def test_settings_that_need_logits_are_refused(settings: dict, ddp: dict, messag
     with pytest.raises(ValueError, match=message) as caught:
         return_hidden_states([], config, ddp)
     assert "--fused-linear-loss" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_mean_over_micro_batches_is_refused() -> None:
+    """With or without the flag: Megatron would divide the sums by the number of micro-batches."""
+    shape = SimpleNamespace(check_tensor_parallel_size=lambda size: None, num_layers=2)
+    with pytest.raises(ValueError, match="calculate_per_token_loss=false: losses here are sums"):
+        transformer_config(shape, ModelConfig(hf_checkpoint=""), ParallelConfig(), {"calculate_per_token_loss": False})
 
 
 def test_some_tokens_of_a_batch_keep_all_their_numbers() -> None:
