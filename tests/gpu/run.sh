@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: compile for it, check every CUDA operator against the reference, print the bench.
 #     [PYTHON=...] bash tests/gpu/run.sh [FOLDER]
-# PYTHON has a CUDA build of torch, and setuptools, ninja, pytest, numpy, tyro, pyyaml and rich; nvcc is found as setup.py
-# finds it. FOLDER (build/gpu) gets bench.json and bench.md. Without a GPU nothing is done.
+# PYTHON has a CUDA build of torch, and setuptools, ninja, pytest, numpy, tyro, pyyaml and rich; nvcc is found as
+# setup.py finds it. FOLDER (build/gpu) gets bench.json and bench.md. Without a GPU nothing is done.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
