@@ -245,6 +245,18 @@ def test_rows_may_have_an_upstream_gradient_of_one_kind(gpu: EmulatedGpu, used: 
     assert_promised_grad(actual, dense_answer(logits, labels, *grads).grad, logits, labels, *grads)
 
 
+def test_entropy_that_nobody_asked_for_reaches_nothing(gpu: EmulatedGpu) -> None:
+    logits, labels = make_rows(3, 2501, torch.float32)
+    logits, zero = gpu.guarded(logits), torch.zeros(3)
+    stats = gpu.row_stats(logits, labels, 0, 2501, 1.0, False)
+    _, entropy, maximum, log_sum = gpu.combine_stats(stats[None])
+    assert entropy.isnan().all()
+    grad = poisoned_like(gpu, logits)
+    gpu.row_grad_(logits, grad, labels, 0, 2501, 1.0, maximum, log_sum, entropy, upstream(3)[0], zero)
+    expected = dense_answer(logits, labels, upstream(3)[0], zero).grad
+    assert_promised_grad(grad, expected, logits, labels, upstream(3)[0], zero)
+
+
 @CHECKS
 def test_no_upstream_gradient_means_zeros_whatever_the_row_holds(gpu: EmulatedGpu, check: Check) -> None:
     logits, labels = make_rows(3, 2501, torch.bfloat16)

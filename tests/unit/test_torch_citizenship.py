@@ -189,13 +189,14 @@ def test_compiled_equals_eager_where_rows_are_not_dense(layout: str) -> None:
     torch.testing.assert_close(loss_and_grad(compiled, logits, labels), loss_and_grad(fn, logits, labels))
 
 
-def test_compiled_graph_keeps_the_logits_that_it_was_asked_to_overwrite() -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_graph_keeps_the_logits_that_it_was_asked_to_overwrite(dynamic: bool) -> None:
     def fn(logits: Tensor, labels: Tensor) -> Tensor:
         return vocab_parallel_log_probs(logits, labels, inplace_backward=True)[0].sum()
 
     logits, labels = make_rows(9, 77)
     output = logits.requires_grad_() * 1
-    torch.compile(fn, backend="aot_eager", fullgraph=True)(output, labels).backward()
+    torch.compile(fn, backend="aot_eager", fullgraph=True, dynamic=dynamic)(output, labels).backward()
     assert torch.equal(output, logits)
     expected = loss_and_grad(fn, logits.detach(), labels)[1]
     torch.testing.assert_close(logits.grad, expected)
