@@ -1,7 +1,7 @@
 """Builds gft_megatron._C and writes down the torch it belongs to. Everything static is in pyproject.toml.
 
 GFT_MEGATRON_CUDA=1|0 forces the CUDA operators in or out; unset, they are built where nvcc and a CUDA torch are found.
-TORCH_CUDA_ARCH_LIST chooses the GPU architectures.
+TORCH_CUDA_ARCH_LIST chooses the GPU architectures (unset: 8.0, 9.0 and, from CUDA 12.8 on, 10.0; PTX of the last).
 """
 
 from __future__ import annotations
@@ -51,6 +51,12 @@ def use_cuda(torch_cuda: str | None, cuda_home: str | None) -> bool:
     return wish != "0" and torch_cuda is not None and cuda_home is not None
 
 
+def gpu_architectures(torch_cuda: str | None) -> str:
+    """An nvcc before 12.8 stops at the name of an architecture that it does not know."""
+    knows_blackwell = torch_cuda is not None and tuple(map(int, torch_cuda.split(".")[:2])) >= (12, 8)
+    return "8.0;9.0;10.0+PTX" if knows_blackwell else "8.0;9.0+PTX"
+
+
 def require_cxx() -> None:
     """Point CXX at a compiler that exists: a relocated Python remembers the one of the machine it was built on."""
     candidates = (os.environ.get("CXX"), sysconfig.get_config_var("CXX"), "c++", "g++", "clang++")
@@ -65,7 +71,6 @@ def extension_arguments() -> dict:
     cuda_home = find_cuda_home()
     if cuda_home is not None:
         os.environ["CUDA_HOME"] = cuda_home
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
     try:
         import torch
     except ImportError:
@@ -79,6 +84,7 @@ def extension_arguments() -> dict:
             require_cxx()
             super().build_extensions()
 
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", gpu_architectures(torch.version.cuda))
     with_cuda = use_cuda(torch.version.cuda, cuda_home)
     # Without -fopenmp at::parallel_for is silently serial. No -ffast-math: infinities and NaN have a meaning here.
     cxx_flags = ["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]

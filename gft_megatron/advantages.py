@@ -33,7 +33,7 @@ def group_advantages(
     mean 0 and deviation 1, so that |G| = 1 with reward 1 is plain SFT.
 
     Raises:
-        ValueError: shapes differ, a reward is not finite, or `normalize` is unknown.
+        ValueError: shapes differ, group_ids are not integers, a reward is not finite, or `normalize` is unknown.
         RuntimeError: CUDA rewards without the CUDA operators.
     """
     if rewards.ndim != 1 or rewards.shape != group_ids.shape:
@@ -41,6 +41,8 @@ def group_advantages(
             f"rewards and group_ids must be one-dimensional and alike, "
             f"got {list(rewards.shape)}, {list(group_ids.shape)}"
         )
+    if group_ids.is_floating_point():
+        raise ValueError(f"group_ids must be integers, got {group_ids.dtype}")
     if normalize not in get_args(AdvantageNormalization):
         raise ValueError(f"normalize must be one of {get_args(AdvantageNormalization)}, got {normalize!r}")
     if not torch.isfinite(rewards).all():

@@ -23,6 +23,8 @@ struct Launch {
 
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), const Launch& shape, const Params& params, cudaStream_t stream) {
+  // Beyond a grid's limits; the casts below would make a small grid of a vast one.
+  if (shape.blocks > 0x7fffffff || shape.blocks_y > 65535) return cudaErrorInvalidConfiguration;
   constexpr int64_t kFreeMemory = 48 * 1024;  // more has to be asked for
   if (shape.memory_bytes > kFreeMemory) {
     const cudaError_t error =

@@ -62,10 +62,10 @@ def vocab_parallel_log_probs(
         if inplace_backward:
             raise ValueError(f"inplace_backward needs adjacent logits of a token, got strides {logits.stride()}")
         logits = logits.contiguous()
-    if inplace_backward and shares_rows(logits):
+    compiling = torch.compiler.is_compiling()
+    if inplace_backward and not compiling and shares_rows(logits):
         raise ValueError(f"inplace_backward needs a row of memory for every token, got strides {logits.stride()}")
     vocab_start = rank * width
-    compiling = torch.compiler.is_compiling()
     log_probs, entropy, _, _ = (torch.ops.gft_megatron.log_probs if compiling else _LogProbs.apply)(
         logits,
         row_labels(labels, ignore_index, vocab),

@@ -88,7 +88,8 @@ def row_grad_(
     dead = (labels < 0) | (grad_log_prob == 0)
     if grad_entropy is not None:
         spread = grad_entropy.double()[:, None] * (log_probs + entropy.double()[:, None])
-        factor = factor - torch.where(probs == 0, 0.0, spread)
+        # No entropy was asked for: it is NaN, and the gradient into it 0.
+        factor = factor - torch.where((probs == 0) | (grad_entropy == 0)[:, None], 0.0, spread)
         dead = dead & ((grad_entropy == 0) | (labels < 0))
     result = probs * factor
     rows, columns = _label_columns(labels, vocab_start, valid_vocab)

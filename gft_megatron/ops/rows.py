@@ -53,8 +53,13 @@ def row_blocks(logits: Tensor) -> list[Tensor]:
 
 
 def shares_rows(logits: Tensor) -> bool:
-    """Whether several rows are the same memory (`expand`), so that no gradient can be written over them."""
-    return any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True))
+    """Whether rows of adjacent logits may share memory (`expand`, `unfold`): no gradient is written over such."""
+    reach = logits.shape[-1]
+    for stride, size in sorted(zip(logits.stride()[:-1], logits.shape[:-1], strict=True)):
+        if size > 1 and stride < reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def saved_through_hooks() -> bool:

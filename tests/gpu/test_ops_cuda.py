@@ -103,6 +103,19 @@ def test_nan_and_infinity_are_never_hidden(dtype: torch.dtype, poison: float, co
     assert log_probs.isnan().tolist() == entropy.isnan().tolist() == [False, True, True]
 
 
+@pytest.mark.parametrize("used", ["log_probs", "entropy"])
+def test_output_without_gradient_contributes_none(used: str) -> None:
+    logits, labels = make_rows(5, 5003, torch.float32)
+    grad, zero = torch.randn(5, generator=torch.Generator("cuda").manual_seed(3), device="cuda"), torch.zeros(5).cuda()
+    grads = (grad, zero) if used == "log_probs" else (zero, grad)
+    leaf = logits.clone().requires_grad_()
+    outputs = dict(
+        zip(("log_probs", "entropy"), vocab_parallel_log_probs(leaf, labels, with_entropy=True), strict=True)
+    )
+    outputs[used].backward(grad)
+    assert_promised_grad(leaf.grad, dense_answer(logits, labels, *grads).grad, logits, labels, *grads)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_run_gives_the_same_bits(dtype: torch.dtype) -> None:
     logits, labels = make_rows(64, 50257, dtype)

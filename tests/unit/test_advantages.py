@@ -59,6 +59,7 @@ def test_no_sample_at_all():
     ("rewards", "group_ids", "normalize", "message"),
     [
         (torch.zeros(3), torch.zeros(2, dtype=torch.int64), "std", "alike"),
+        (torch.zeros(2), torch.tensor([0.1, 0.9]), "std", "group_ids must be integers, got torch.float32"),
         (torch.tensor([1.0, math.nan]), torch.zeros(2, dtype=torch.int64), "std", "finite"),
         (torch.zeros(2), torch.zeros(2, dtype=torch.int64), "batch", "normalize must be one of"),
     ],

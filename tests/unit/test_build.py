@@ -92,6 +92,19 @@ def test_cuda_by_force_needs_a_cuda_torch() -> None:
     assert "the torch of this environment is a CPU build" in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("cuda, newest", [("12.6", "9.0+PTX"), ("12.8", "10.0+PTX"), ("13.2", "10.0+PTX")])
+def test_architectures_are_those_that_nvcc_knows(cuda: str, newest: str) -> None:
+    script = f"""
+import os, runpy, sys, torch
+os.environ.pop("TORCH_CUDA_ARCH_LIST", None)
+torch.version.cuda, sys.argv = {cuda!r}, ["setup.py", "--version"]
+runpy.run_path("setup.py")
+print(os.environ["TORCH_CUDA_ARCH_LIST"])
+"""
+    result = run("-c", script, GFT_MEGATRON_CUDA="0")
+    assert result.stdout.splitlines()[-1].split(";")[-1] == newest, result.stderr
+
+
 def test_missing_compiler_is_named(tmp_path: Path) -> None:
     folders = ["--build-temp", str(tmp_path), "--build-lib", str(tmp_path)]
     result = run("setup.py", "build_ext", *folders, PATH=str(tmp_path), CXX="no-such-compiler", GFT_MEGATRON_CUDA="0")

@@ -230,6 +230,33 @@ def test_label_outside_the_vocabulary_is_nan(gpu: EmulatedGpu, label: int) -> No
     assert log_prob.isnan().tolist() == [False, True]
 
 
+@pytest.mark.parametrize("used", ["log_prob", "entropy"])
+def test_rows_may_have_an_upstream_gradient_of_one_kind(gpu: EmulatedGpu, used: str) -> None:
+    logits, labels = make_rows(3, 2501, torch.float32)
+    logits = gpu.guarded(logits)
+    grad, other = upstream(3)
+    other[1] = 0.0  # row 0 has both
+    grad[2] = 0.0
+    grads = (grad, other) if used == "log_prob" else (other, grad)
+    stats = gpu.row_stats(logits, labels, 0, 2501, 1.0, True)
+    _, entropy, maximum, log_sum = gpu.combine_stats(stats[None])
+    actual = poisoned_like(gpu, logits)
+    gpu.row_grad_(logits, actual, labels, 0, 2501, 1.0, maximum, log_sum, entropy, *grads)
+    assert_promised_grad(actual, dense_answer(logits, labels, *grads).grad, logits, labels, *grads)
+
+
+def test_entropy_that_nobody_asked_for_reaches_nothing(gpu: EmulatedGpu) -> None:
+    logits, labels = make_rows(3, 2501, torch.float32)
+    logits, zero = gpu.guarded(logits), torch.zeros(3)
+    stats = gpu.row_stats(logits, labels, 0, 2501, 1.0, False)
+    _, entropy, maximum, log_sum = gpu.combine_stats(stats[None])
+    assert entropy.isnan().all()
+    grad = poisoned_like(gpu, logits)
+    gpu.row_grad_(logits, grad, labels, 0, 2501, 1.0, maximum, log_sum, entropy, upstream(3)[0], zero)
+    expected = dense_answer(logits, labels, upstream(3)[0], zero).grad
+    assert_promised_grad(grad, expected, logits, labels, upstream(3)[0], zero)
+
+
 @CHECKS
 def test_no_upstream_gradient_means_zeros_whatever_the_row_holds(gpu: EmulatedGpu, check: Check) -> None:
     logits, labels = make_rows(3, 2501, torch.bfloat16)

@@ -408,6 +408,18 @@ def test_reference_agrees_operator_by_operator(dtype: torch.dtype, name: str) ->
         torch.testing.assert_close(actual, expected(*arguments), rtol=2e-6, atol=2e-6, equal_nan=True)
 
 
+def test_reference_agrees_where_no_entropy_was_asked_for() -> None:
+    # As torch.compile may pass it on: the entropy is NaN, and its gradient zeros.
+    logits, labels = make_rows(3, 77, torch.float32)
+    grads = []
+    for ops in (OPS, reference):
+        _, entropy, maximum, log_sum = ops.combine_stats(ops.row_stats(logits, labels, 0, 77, 1.0, False)[None])
+        assert entropy.isnan().all()
+        grads.append(torch.full_like(logits, NAN))
+        ops.row_grad_(logits, grads[-1], labels, 0, 77, 1.0, maximum, log_sum, entropy, upstream(3)[0], torch.zeros(3))
+    assert_grad_close(grads[0], grads[1].double())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reference_mode_matches_dense(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setenv("GFT_MEGATRON_REFERENCE", "1")

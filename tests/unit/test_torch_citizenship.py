@@ -189,13 +189,14 @@ def test_compiled_equals_eager_where_rows_are_not_dense(layout: str) -> None:
     torch.testing.assert_close(loss_and_grad(compiled, logits, labels), loss_and_grad(fn, logits, labels))
 
 
-def test_compiled_graph_keeps_the_logits_that_it_was_asked_to_overwrite() -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_graph_keeps_the_logits_that_it_was_asked_to_overwrite(dynamic: bool) -> None:
     def fn(logits: Tensor, labels: Tensor) -> Tensor:
         return vocab_parallel_log_probs(logits, labels, inplace_backward=True)[0].sum()
 
     logits, labels = make_rows(9, 77)
     output = logits.requires_grad_() * 1
-    torch.compile(fn, backend="aot_eager", fullgraph=True)(output, labels).backward()
+    torch.compile(fn, backend="aot_eager", fullgraph=True, dynamic=dynamic)(output, labels).backward()
     assert torch.equal(output, logits)
     expected = loss_and_grad(fn, logits.detach(), labels)[1]
     torch.testing.assert_close(logits.grad, expected)
@@ -347,10 +348,17 @@ def test_function_transforms_are_refused(name: str) -> None:
         torch.vmap(RECOMPUTED[name], in_dims=(0, None))(logits.expand(2, 9, 77), labels)
 
 
-def test_overlapping_rows_are_not_overwritten() -> None:
-    logits = torch.randn(1, 3, 77).expand(2, 3, 77).requires_grad_()
+@pytest.mark.parametrize("strides", [(0, 77, 1), (60, 200, 1), (200, 76, 1), (77, 77, 1)])
+def test_overlapping_rows_are_not_overwritten(strides: tuple[int, int, int]) -> None:
+    memory = torch.randn(600, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    labels = torch.tensor([[5, 76, 0], [1, 2, 3]])
     with pytest.raises(ValueError, match="inplace_backward needs a row of memory for every token"):
-        vocab_parallel_log_probs(logits, torch.zeros(2, 3, dtype=torch.int64), inplace_backward=True)
+        vocab_parallel_log_probs((memory * 1).as_strided((2, 3, 77), strides), labels, inplace_backward=True)
+    log_probs, _ = vocab_parallel_log_probs((memory * 1).as_strided((2, 3, 77), strides), labels)
+    loss, _ = rectified_cross_entropy((memory * 1).as_strided((2, 3, 77), strides), labels, torch.ones(2, 3), 0.0)
+    assert torch.equal(loss, -log_probs)
+    (expected,), (actual,) = torch.autograd.grad(-log_probs.sum(), memory), torch.autograd.grad(loss.sum(), memory)
+    torch.testing.assert_close(actual, expected, rtol=5e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["gft", "grpo", "rectified", "sequence mean"])
