@@ -4,16 +4,26 @@ A loss maps `LossInputs` to (per-token loss [n], metrics): unreduced, 0 on maske
 unmasked tokens of these inputs.
 """
 
+from gft_megatron.losses.chord import chord_phi
 from gft_megatron.losses.dft import dft
+from gft_megatron.losses.eaft import eaft
 from gft_megatron.losses.gft import gft
 from gft_megatron.losses.grpo import grpo
 from gft_megatron.losses.inputs import LossFn, LossInputs, is_token_local, required_inputs
+from gft_megatron.losses.luffy import luffy
+from gft_megatron.losses.probability import probability
+from gft_megatron.losses.psft import psft
 from gft_megatron.losses.sft import sft
 
 LOSSES: dict[str, LossFn] = {
     "gft": gft,
     "dft": dft,
     "sft": sft,
+    "probability": probability,
+    "psft": psft,
+    "eaft": eaft,
+    "chord_phi": chord_phi,
+    "luffy": luffy,
     "grpo": grpo,
 }
 

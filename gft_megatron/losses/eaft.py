@@ -1,0 +1,39 @@
+"""Entropy-Adaptive Fine-Tuning ("Resolving Confident Conflicts to Mitigate Forgetting").
+
+    loss_t = -w_t * log p_t,    w_t = (min(H_t, scale) / scale)^power    (w_t is a constant)
+
+A token that the model is sure about (small H) and yet finds unlikely contradicts what it knows; its weight is small.
+
+Read from the public implementation, not from the paper. There the weight is H_20 / 3, with H_20 the entropy of the 20
+likeliest tokens renormalised: at most ln 20 = 2.996, so that weights end at 1. Here H is the entropy of the whole
+vocabulary in nats, which is what the loop has, and the minimum keeps the bound. H_20 is never above H, so no weight is
+smaller here than there; a model without doubt gives 0 in both.
+"""
+
+from __future__ import annotations
+
+import math
+
+from gft_megatron.losses.inputs import LossInputs, LossOutput, requires, token_local
+from gft_megatron.losses.reduce import masked_mean
+
+
+@token_local
+@requires("entropy")
+def eaft(inputs: LossInputs, *, entropy_power: float = 1.0, entropy_scale: float = 3.0) -> LossOutput:
+    """Cross-entropy weighted by the entropy [n], 0 on masked positions. Every response counts, whatever its reward.
+
+    Args:
+        entropy_power: exponent of the weight; 0 is cross-entropy.
+        entropy_scale: entropy in nats from which on the weight is 1.
+    """
+    if not 0 <= entropy_power < math.inf:
+        raise ValueError(f"entropy_power is {entropy_power}; it has to be finite and at least 0 (0 is cross-entropy)")
+    if not 0 < entropy_scale < math.inf:
+        raise ValueError(f"entropy_scale is {entropy_scale} nats; it has to be finite and above 0")
+    assert inputs.entropy is not None
+    mask = inputs.mask.bool()
+    entropy = inputs.entropy.detach().where(mask, 0.0)
+    coefficient = (entropy.clamp(0.0, entropy_scale) / entropy_scale) ** entropy_power
+    loss = -coefficient * inputs.log_probs.where(mask, 0.0)
+    return loss.where(mask, 0.0), {"coefficient_mean": masked_mean(coefficient, mask)}
