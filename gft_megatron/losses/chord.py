@@ -7,7 +7,8 @@ p (1 - p) leaves alone what the model knows (p near 1) and what would tear it fr
 
 Two things differ from the paper. It takes a mean over each of the two parts; here one token mean covers both, so that
 the share of recorded tokens acts on the balance as mu does. Its advantages compare own samples with one another; here
-they are those of the whole group, recorded responses included.
+they are those of the whole group, recorded responses included. Groups with equal rewards still have the second line's
+gradient: --no-skip-zero-variance keeps them.
 """
 
 from __future__ import annotations
