@@ -4,10 +4,14 @@ A loss maps `LossInputs` to (per-token loss [n], metrics): unreduced, 0 on maske
 unmasked tokens of these inputs.
 """
 
+from gft_megatron.losses.cispo import cispo
 from gft_megatron.losses.dft import dft
 from gft_megatron.losses.gft import gft
 from gft_megatron.losses.grpo import grpo
+from gft_megatron.losses.gspo import gspo
 from gft_megatron.losses.inputs import LossFn, LossInputs, is_token_local, required_inputs
+from gft_megatron.losses.ppo import ppo
+from gft_megatron.losses.reinforce import reinforce
 from gft_megatron.losses.sft import sft
 
 LOSSES: dict[str, LossFn] = {
@@ -15,6 +19,10 @@ LOSSES: dict[str, LossFn] = {
     "dft": dft,
     "sft": sft,
     "grpo": grpo,
+    "ppo": ppo,
+    "gspo": gspo,
+    "cispo": cispo,
+    "reinforce": reinforce,
 }
 
 __all__ = ["LOSSES", "LossFn", "LossInputs", "is_token_local", "required_inputs"]
