@@ -35,7 +35,7 @@ def make_inputs(**changes) -> LossInputs:
         noise = torch.randn(length, generator=generator)
         old = log_probs - mean - (noise - noise.mean())
         rollout = old + 0.8 * torch.randn(length, generator=generator)
-        rollout[0 if source == SELF and length > 1 else slice(None)] = math.nan if length > 1 else old[0] - 5
+        rollout[: 1 if source == SELF else length] = math.nan
         padding = torch.full((NUM_PADDING,), 1e30)
         columns["log_probs"].append(torch.cat([log_probs, padding]))
         columns["old_log_probs"].append(torch.cat([old, -padding]))
@@ -257,6 +257,14 @@ def test_metrics_are_means_over_valid_tokens():
     assert metrics.keys() == expected.keys()
     for key, value in expected.items():
         assert metrics[key].item() == pytest.approx(float(value), rel=1e-5), key
+
+
+def test_recorded_responses_have_weight_one_whatever_is_said_of_them():
+    inputs = make_inputs()
+    recorded = (inputs.sources != SELF)[inputs.sequence_ids]
+    said = make_inputs(rollout_log_probs=inputs.rollout_log_probs.where(~recorded, -50.0))
+    (loss, metrics), (expected, expected_metrics) = (LOSSES["grpo"](i, tis_clip=1.5) for i in (said, inputs))
+    assert torch.equal(loss, expected) and metrics == expected_metrics
 
 
 # GSPO's means
