@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gft_megatron.ops.library import row_ops
 
-AdvantageNormalization = Literal["std", "none"]
+AdvantageNormalization = Literal["std", "none", "leave-one-out"]
 
 
 def group_advantages(
@@ -25,7 +25,8 @@ def group_advantages(
     Args:
         rewards: finite scores.
         group_ids: equal inside a group; any integers, in any order.
-        normalize: "std" as above; "none" leaves the division out (Dr. GRPO).
+        normalize: "std" as above; "none" leaves the division out (Dr. GRPO). "leave-one-out" is R_k minus the mean of
+            the others, n / (n - 1) times "none" (RLOO, arXiv:2402.14740).
         ddof: 1 divides the variance by n - 1 (the official GFT code), 0 by n.
         eps: added to the standard deviation.
 
@@ -49,7 +50,14 @@ def group_advantages(
         raise ValueError(f"rewards must be finite, got {rewards[~torch.isfinite(rewards)].tolist()}")
 
     order = group_ids.argsort(stable=True)  # the operator wants each group in one stretch
+    scaled = rewards.double() * _leave_one_out(group_ids) if normalize == "leave-one-out" else rewards.double()
     sorted_advantages = row_ops(rewards.device).group_advantages(
-        rewards.double()[order], group_ids.long()[order], normalize == "std", ddof, eps
+        scaled[order], group_ids.long()[order], normalize == "std", ddof, eps
     )
     return torch.empty_like(sorted_advantages).index_copy_(0, order, sorted_advantages)
+
+
+def _leave_one_out(group_ids: Tensor) -> Tensor:  # [num_samples] -> [num_samples] fp64
+    """n / (n - 1) of a sample's group of n; 1 in a group of one."""
+    _, group, sizes = group_ids.unique(return_inverse=True, return_counts=True)
+    return (sizes.double() / (sizes - 1).clamp(min=1))[group]

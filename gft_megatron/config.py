@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from gft_megatron.advantages import AdvantageNormalization
-from gft_megatron.losses import LOSSES
+from gft_megatron.losses import LOSSES, is_token_local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class RolloutConfig:
     rm_type: str = "math"
     """Reward: exact, math, or module:function."""
     advantage_normalization: AdvantageNormalization = "std"
-    """Divide advantages by the group's standard deviation, or not."""
+    """Divide advantages by the group's standard deviation, or not; or compare a reward with those of the others."""
     skip_zero_variance: bool = True
     """Leave out groups whose rewards are all equal: they carry no gradient."""
     refill_groups: bool = False
@@ -231,6 +231,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require_known_loss(self.loss)
+        _require_whole_sequences(self)
         _require_sizes(self)
         _require_consistent_rollout(self)
 
@@ -265,6 +266,16 @@ def _require_known_loss(loss: Any) -> None:
     for field in dataclasses.fields(loss):
         if field.name not in ("loss", *hyper[loss.loss]) and getattr(loss, field.name) is not None:
             raise ValueError(f"{flag_of(field.name)} has no meaning for --loss {loss.loss}")
+
+
+def _require_whole_sequences(config: RunConfig) -> None:
+    """A context-parallel rank holds some chunks of each sequence (data/packing.py)."""
+    size = config.parallel.context_parallel_size
+    if size > 1 and not is_token_local(LOSSES[config.loss.loss]):
+        raise ValueError(
+            f"--loss {config.loss.loss} needs whole sequences on each rank; --context-parallel-size is {size}, "
+            f"it has to be 1"
+        )
 
 
 def _require_sizes(config: RunConfig) -> None:

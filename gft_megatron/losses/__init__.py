@@ -5,14 +5,18 @@ unmasked tokens of these inputs.
 """
 
 from gft_megatron.losses.chord import chord_phi
+from gft_megatron.losses.cispo import cispo
 from gft_megatron.losses.dft import dft
 from gft_megatron.losses.eaft import eaft
 from gft_megatron.losses.gft import gft
 from gft_megatron.losses.grpo import grpo
+from gft_megatron.losses.gspo import gspo
 from gft_megatron.losses.inputs import LossFn, LossInputs, is_token_local, required_inputs
 from gft_megatron.losses.luffy import luffy
+from gft_megatron.losses.ppo import ppo
 from gft_megatron.losses.probability import probability
 from gft_megatron.losses.psft import psft
+from gft_megatron.losses.reinforce import reinforce
 from gft_megatron.losses.sft import sft
 
 LOSSES: dict[str, LossFn] = {
@@ -25,6 +29,10 @@ LOSSES: dict[str, LossFn] = {
     "chord_phi": chord_phi,
     "luffy": luffy,
     "grpo": grpo,
+    "ppo": ppo,
+    "gspo": gspo,
+    "cispo": cispo,
+    "reinforce": reinforce,
 }
 
 __all__ = ["LOSSES", "LossFn", "LossInputs", "is_token_local", "required_inputs"]

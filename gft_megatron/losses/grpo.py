@@ -1,39 +1,37 @@
-"""Group Relative Policy Optimization (arXiv:2402.03300), without its KL term.
+"""Group Relative Policy Optimization (arXiv:2402.03300 Eq. 3), without its KL term.
 
     loss_t = -min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A),    r_t = p_t / p_old,t
 
-Only the model's own samples carry gradient: r_t of a response that p_old did not draw is no importance ratio. Tokens of
-recorded responses still count in the token mean, so give this loss --n-expert 0 --n-teacher 0.
+The paper averages over the tokens of a response and then over responses; here every token counts alike, as in DAPO.
+
+DAPO (arXiv:2503.14476) is this formula with clip_high 0.28 and the token mean; its dynamic sampling is
+--refill-groups. Dr. GRPO's advantage (arXiv:2503.20783) is --advantage-normalization none.
 """
 
 from __future__ import annotations
 
-import torch
-
-from gft_megatron.groups import Source
+from gft_megatron.losses.importance import clipped_surrogate, log_ratios, own_tokens, sampler_weight
 from gft_megatron.losses.inputs import LossInputs, LossOutput, requires, token_local
-from gft_megatron.losses.reduce import masked_mean
 
 
 @token_local
 @requires("advantages", "old_log_probs")
-def grpo(inputs: LossInputs, *, clip_low: float = 0.2, clip_high: float = 0.2) -> LossOutput:
+def grpo(
+    inputs: LossInputs, *, clip_low: float = 0.2, clip_high: float = 0.2, tis_clip: float | None = None
+) -> LossOutput:
     """GRPO's clipped surrogate [n], 0 on masked positions and on recorded responses.
 
     Args:
         clip_low: ratios below 1 - clip_low are clipped.
         clip_high: ratios above 1 + clip_high are clipped.
+        tis_clip: weigh each token by min(p_old / p_rollout, tis_clip); 2 is usual. Default: no weight.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range, or tis_clip is set without rollout_log_probs.
     """
-    assert inputs.advantages is not None and inputs.old_log_probs is not None
-    mask = inputs.mask.bool()
-    own = mask & (inputs.sources == int(Source.SELF))[inputs.sequence_ids]  # int: torch.compile knows no enum here
-    log_ratio = (inputs.log_probs - inputs.old_log_probs.detach()).where(own, 0.0)
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    advantage = inputs.advantages[inputs.sequence_ids]
-    loss = -torch.minimum(ratio * advantage, clipped * advantage)
-    metrics = {
-        "coefficient_mean": masked_mean(ratio.detach().where(own, 0.0), mask),
-        "clipped_frac": masked_mean(((clipped * advantage < ratio * advantage) & own).float(), mask),
-    }
-    return loss.where(own, 0.0), metrics
+    assert inputs.old_log_probs is not None
+    own = own_tokens(inputs)
+    weight, weight_metrics = sampler_weight(inputs, inputs.old_log_probs, own, tis_clip)
+    ratio = log_ratios(inputs, own).exp()
+    loss, metrics = clipped_surrogate(inputs, ratio, own, clip_low=clip_low, clip_high=clip_high)
+    return weight * loss, metrics | weight_metrics
