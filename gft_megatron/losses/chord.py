@@ -13,12 +13,13 @@ gradient: --no-skip-zero-variance keeps them.
 
 from __future__ import annotations
 
-from gft_megatron.groups import Source
 from gft_megatron.losses.grpo import grpo
-from gft_megatron.losses.inputs import LossInputs, LossOutput, requires, token_local
+from gft_megatron.losses.importance import recorded_tokens
+from gft_megatron.losses.inputs import LossInputs, LossOutput, requires, token_local, trains_on
 from gft_megatron.losses.reduce import masked_mean
 
 
+@trains_on("mixed")
 @token_local
 @requires("advantages", "old_log_probs")
 def chord_phi(inputs: LossInputs, *, mu: float = 0.1, clip_low: float = 0.2, clip_high: float = 0.2) -> LossOutput:
@@ -32,10 +33,8 @@ def chord_phi(inputs: LossInputs, *, mu: float = 0.1, clip_low: float = 0.2, cli
     if not 0 <= mu <= 1:
         raise ValueError(f"mu is {mu}; it has to be between 0 and 1")
     own_loss, metrics = grpo(inputs, clip_low=clip_low, clip_high=clip_high)
-    mask = inputs.mask.bool()
-    recorded = mask & (inputs.sources != int(Source.SELF))[inputs.sequence_ids]
-    log_probs = inputs.log_probs.where(recorded, 0.0)
+    log_probs = inputs.log_probs.where(recorded_tokens(inputs), 0.0)
     constant = log_probs.detach()
     phi = constant.exp() * -constant.expm1()  # 1 - p has no digits left near p = 1
     loss = (1.0 - mu) * own_loss - mu * phi * log_probs
-    return loss, {**metrics, "phi_mean": masked_mean(phi, mask)}
+    return loss, {**metrics, "phi_mean": masked_mean(phi, inputs.mask)}

@@ -9,10 +9,11 @@ weight. The mean over all tokens is the paper's own.
 from __future__ import annotations
 
 from gft_megatron.losses.importance import log_ratios, own_tokens, require_clips, sampler_weight
-from gft_megatron.losses.inputs import LossInputs, LossOutput, requires, token_local
+from gft_megatron.losses.inputs import LossInputs, LossOutput, requires, token_local, trains_on
 from gft_megatron.losses.reduce import masked_mean
 
 
+@trains_on("own")
 @token_local
 @requires("advantages", "old_log_probs")
 def cispo(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gft_megatron.groups import Source
-from gft_megatron.losses.inputs import LossInputs, LossOutput, requires, token_local
+from gft_megatron.losses.inputs import LossInputs, LossOutput, requires, token_local, trains_on
 from gft_megatron.losses.reduce import masked_mean
 
 
@@ -25,6 +25,7 @@ def rectify(log_probs: Tensor, tau: Tensor | float) -> Tensor:  # [n] -> [n]
     return torch.where(probs < tau, probs, 1.0)
 
 
+@trains_on("mixed")
 @token_local
 @requires("advantages")
 def gft(

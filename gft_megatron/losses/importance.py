@@ -1,8 +1,8 @@
-"""Importance ratios of the model's own samples, shared by the losses of group RL: which tokens have one, how it is
-clipped, and the weight that makes up for a sampler whose probabilities are not the trainer's.
+"""Whose tokens they are, and importance ratios: which tokens have one, how it is clipped, and the weight that makes up
+for a sampler whose probabilities are not the trainer's.
 
-Tokens of recorded responses have no ratio, because no policy of ours drew them: every loss that builds on this file is
-0 there. They still count in the token mean, so give these losses --n-expert 0 --n-teacher 0.
+To the losses of group RL, tokens of recorded responses have no ratio, because no policy of ours drew them: such a loss
+is 0 there. They still count in the token mean, so give these losses --n-expert 0 --n-teacher 0.
 """
 
 from __future__ import annotations
@@ -23,10 +23,27 @@ def own_tokens(inputs: LossInputs) -> Tensor:  # [n] bool
     return inputs.mask.bool() & (inputs.sources == int(Source.SELF))[inputs.sequence_ids]
 
 
-def log_ratios(inputs: LossInputs, own: Tensor) -> Tensor:  # [n] bool -> [n]
-    """log(p_t / p_old,t) of own tokens, 0 elsewhere. Differentiable in `inputs.log_probs`."""
+def recorded_tokens(inputs: LossInputs) -> Tensor:  # [n] bool
+    """Unmasked tokens of expert and teacher responses."""
+    return inputs.mask.bool() & ~own_tokens(inputs)
+
+
+def log_ratios(inputs: LossInputs, chosen: Tensor) -> Tensor:  # [n] bool -> [n]
+    """log(p_t / p_old,t) of the chosen tokens, 0 elsewhere. Differentiable in `inputs.log_probs`."""
     assert inputs.old_log_probs is not None
-    return (inputs.log_probs - inputs.old_log_probs.detach()).where(own, 0.0)
+    return (inputs.log_probs - inputs.old_log_probs.detach()).where(chosen, 0.0)
+
+
+def clipped_token_loss(
+    inputs: LossInputs, *, clip_low: float, clip_high: float, dual_clip: float = math.inf, tis_clip: float | None
+) -> LossOutput:
+    """`clipped_surrogate` of each token's own ratio, weighted by `sampler_weight`; raises as both."""
+    assert inputs.old_log_probs is not None
+    own = own_tokens(inputs)
+    weight, weight_metrics = sampler_weight(inputs, inputs.old_log_probs, own, tis_clip)
+    ratio = log_ratios(inputs, own).exp()
+    loss, metrics = clipped_surrogate(inputs, ratio, own, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    return weight * loss, metrics | weight_metrics
 
 
 def clipped_surrogate(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -30,7 +30,11 @@ class LossInputs:
     rollout_log_probs: Tensor | None = None  # [n] fp32: as the sampler reported them; NaN on recorded responses
     ref_kl: Tensor | None = None  # [n] fp32
     token_groups: Tensor | None = None  # [n] int64
-    batch: Any = None  # statistics of the global batch; None: these inputs are the whole batch
+    batch: Mapping[str, Tensor] | None = None
+    """Sums over the global batch of what the loss's `batch_sums` says of each micro-batch, fp64. None: these inputs are
+    the whole batch."""
+    context_sum: Callable[[Tensor], Tensor] | None = None
+    """Adds up a tensor over the ranks that hold the other parts of these sequences (context parallelism)."""
 
     def at(self, positions: Tensor) -> LossInputs:  # [m] int64
         """The inputs of some of the tokens; their sequences keep their numbers."""
@@ -82,6 +86,66 @@ def requires(*names: str) -> Callable[[LossFn], LossFn]:
 def required_inputs(loss: LossFn) -> frozenset[str]:
     """The optional `LossInputs` fields that this loss was declared to need."""
     return getattr(loss, "requires", frozenset())
+
+
+def over_batch(sums: Callable[[LossInputs], dict[str, Tensor]]) -> Callable[[LossFn], LossFn]:
+    """Declare sums over the whole sequences of the global batch that a loss reads as `LossInputs.batch`.
+
+    Args:
+        sums: fp64 scalars of one micro-batch, whole sequences counted once (`sequence_sums`). The training loop adds
+            them up over micro-batches and data-parallel ranks, from a forward-only pass or from the step before; where
+            it did not, they are taken of the loss's own inputs.
+    """
+
+    def decorate(loss: LossFn) -> LossFn:
+        @functools.wraps(loss)
+        def with_batch(inputs: LossInputs, **hyper: Any) -> LossOutput:
+            if inputs.batch is None:
+                inputs = dataclasses.replace(inputs, batch=sums(inputs))
+            return loss(inputs, **hyper)
+
+        with_batch.batch_sums = sums  # type: ignore[attr-defined]
+        return with_batch
+
+    return decorate
+
+
+def batch_sums(loss: LossFn) -> Callable[[LossInputs], dict[str, Tensor]] | None:
+    """What this loss was declared to need of the global batch."""
+    return getattr(loss, "batch_sums", None)
+
+
+Responses = Literal["recorded", "mixed", "own"]
+
+
+def trains_on(responses: Responses) -> Callable[[LossFn], LossFn]:
+    """Declare whose responses a loss is made for, hence what its groups are made of where nobody says."""
+
+    def decorate(loss: LossFn) -> LossFn:
+        loss.trains_on = responses  # type: ignore[attr-defined]
+        return loss
+
+    return decorate
+
+
+def natural_responses(loss: LossFn) -> Responses:
+    """Whose responses this loss was declared to be made for; recorded ones where it was not."""
+    return getattr(loss, "trains_on", "recorded")
+
+
+def scheduled(**schedules: str) -> Callable[[LossFn], LossFn]:
+    """Declare the schedules (schedules.py) that a paper gives its hyper-parameters; --schedule overrides them."""
+
+    def decorate(loss: LossFn) -> LossFn:
+        loss.schedules = schedules  # type: ignore[attr-defined]
+        return loss
+
+    return decorate
+
+
+def default_schedules(loss: LossFn) -> dict[str, str]:
+    """The schedules that this loss was declared to have."""
+    return getattr(loss, "schedules", {})
 
 
 def token_local(loss: LossFn) -> LossFn:

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import math
 
-from gft_megatron.groups import Source
-from gft_megatron.losses.inputs import LossInputs, LossOutput, requires, token_local
+from gft_megatron.losses.importance import log_ratios, recorded_tokens
+from gft_megatron.losses.inputs import LossInputs, LossOutput, requires, token_local, trains_on
 from gft_megatron.losses.reduce import masked_mean
 
 
+@trains_on("mixed")
 @token_local
 @requires("advantages", "old_log_probs")
 def luffy(inputs: LossInputs, *, shaping: float = 0.1) -> LossOutput:
@@ -30,12 +31,12 @@ def luffy(inputs: LossInputs, *, shaping: float = 0.1) -> LossOutput:
     """
     if not 0 < shaping < math.inf:
         raise ValueError(f"shaping is {shaping}; it has to be finite and above 0")
-    assert inputs.advantages is not None and inputs.old_log_probs is not None
+    assert inputs.advantages is not None
     mask = inputs.mask.bool()
-    recorded = (inputs.sources != int(Source.SELF))[inputs.sequence_ids]
+    recorded = recorded_tokens(inputs)
     # This is p / (p + shaping), but keeps the digits of its gradient where p is much larger than shaping.
-    shaped = (inputs.log_probs.where(mask & recorded, 0.0) - math.log(shaping)).sigmoid()
-    ratio = (inputs.log_probs - inputs.old_log_probs.detach()).where(mask & ~recorded, 0.0).exp()
+    shaped = (inputs.log_probs.where(recorded, 0.0) - math.log(shaping)).sigmoid()
+    ratio = log_ratios(inputs, mask & ~recorded).exp()
     loss = -inputs.advantages[inputs.sequence_ids] * shaped.where(recorded, ratio)
     weight = (shaped * (1.0 - shaped)).where(recorded, ratio)
     return loss.where(mask, 0.0), {"coefficient_mean": masked_mean(weight, mask)}

@@ -9,10 +9,11 @@ all of its ratio. The dual clip leaves such a token out. A is the group's advant
 
 from __future__ import annotations
 
-from gft_megatron.losses.importance import clipped_surrogate, log_ratios, own_tokens, sampler_weight
-from gft_megatron.losses.inputs import LossInputs, LossOutput, requires, token_local
+from gft_megatron.losses.importance import clipped_token_loss
+from gft_megatron.losses.inputs import LossInputs, LossOutput, requires, token_local, trains_on
 
 
+@trains_on("own")
 @token_local
 @requires("advantages", "old_log_probs")
 def ppo(
@@ -34,9 +35,4 @@ def ppo(
     Raises:
         ValueError: a hyper-parameter is out of range, or tis_clip is set without rollout_log_probs.
     """
-    assert inputs.old_log_probs is not None
-    own = own_tokens(inputs)
-    weight, weight_metrics = sampler_weight(inputs, inputs.old_log_probs, own, tis_clip)
-    ratio = log_ratios(inputs, own).exp()
-    loss, metrics = clipped_surrogate(inputs, ratio, own, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    return weight * loss, metrics | weight_metrics
+    return clipped_token_loss(inputs, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, tis_clip=tis_clip)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 
-from gft_megatron.groups import Source
+from gft_megatron.losses.importance import log_ratios, recorded_tokens
 from gft_megatron.losses.inputs import LossInputs, LossOutput, requires, token_local
 from gft_megatron.losses.reduce import masked_mean
 
@@ -30,16 +30,14 @@ def psft(inputs: LossInputs, *, clip_high: float = 0.28) -> LossOutput:
     """
     if not 0 <= clip_high < math.inf:
         raise ValueError(f"clip_high is {clip_high}; it has to be finite and at least 0")
-    assert inputs.old_log_probs is not None
-    mask = inputs.mask.bool()
-    recorded = mask & (inputs.sources != int(Source.SELF))[inputs.sequence_ids]
-    log_ratio = (inputs.log_probs - inputs.old_log_probs.detach()).where(recorded, 0.0)
+    recorded = recorded_tokens(inputs)
+    log_ratio = log_ratios(inputs, recorded)
     # Clipped before exp: an overflowing ratio would have the gradient 0 * inf.
     highest = math.log1p(clip_high)
     ratio = log_ratio.clamp(max=highest).exp()
     clipped = log_ratio.detach() > highest
     metrics = {
-        "coefficient_mean": masked_mean(ratio.where(recorded & ~clipped, 0.0), mask),
-        "clipped_frac": masked_mean(clipped.float(), mask),
+        "coefficient_mean": masked_mean(ratio.where(recorded & ~clipped, 0.0), inputs.mask),
+        "clipped_frac": masked_mean(clipped.float(), inputs.mask),
     }
     return -ratio.where(recorded, 0.0), metrics

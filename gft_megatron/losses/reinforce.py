@@ -9,9 +9,10 @@ more than one optimizer step a rollout the later ones are off-policy, and only t
 from __future__ import annotations
 
 from gft_megatron.losses.importance import own_tokens, sampler_weight
-from gft_megatron.losses.inputs import LossInputs, LossOutput, requires, token_local
+from gft_megatron.losses.inputs import LossInputs, LossOutput, requires, token_local, trains_on
 
 
+@trains_on("own")
 @token_local
 @requires("advantages")
 def reinforce(inputs: LossInputs, *, tis_clip: float | None = None) -> LossOutput:

@@ -18,13 +18,14 @@ Shapes: n tokens that count of t, H hidden size, v vocabulary, p tensor-parallel
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from gft_megatron.ops.rows import check_labels, check_temperature, require_in_vocabulary, vocab_slice
 
 TILE_BYTES = 64 * 2**20
 """Logits of a tile of linear_log_probs, and the fp32 sum of a tile's weight gradient."""
@@ -94,25 +95,16 @@ def vocab_shard(
             f"hidden must be [..., H] and weight [vocabulary / tensor-parallel size, H], "
             f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
-    rank, size = (0, 1) if tp_group is None else (dist.get_rank(tp_group), dist.get_world_size(tp_group))
+    size = 1 if tp_group is None else dist.get_world_size(tp_group)
     is_split = sequence_parallel and size > 1
-    expected = (hidden.shape[0] * (size if is_split else 1), *hidden.shape[1:-1])
-    if labels.dtype != torch.int64 or labels.shape != expected or labels.device != hidden.device:
-        raise ValueError(
-            f"labels must be int64 {expected} on {hidden.device}, "
-            f"got {labels.dtype} {tuple(labels.shape)} on {labels.device}"
-        )
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    check_labels(labels, (hidden.shape[0] * (size if is_split else 1), *hidden.shape[1:-1]), hidden.device)
+    check_temperature(temperature)
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
-    width = len(weight)
-    vocab = width * size if vocab_size is None else vocab_size
-    if not 1 <= vocab <= width * size:
-        raise ValueError(f"vocab_size must be in [1, {width * size}] ({size} shards of {width} rows), got {vocab}")
+    vocab_start, num_columns, vocab = vocab_slice(len(weight), vocab_size, tp_group)
     shard = VocabShard(
-        vocab_start=rank * width,
-        num_columns=min(max(vocab - rank * width, 0), width),
+        vocab_start=vocab_start,
+        num_columns=num_columns,
         inv_temperature=1.0 / temperature,
         with_entropy=with_entropy,
         tp_group=tp_group if size > 1 else None,
@@ -130,12 +122,7 @@ def live_tokens(labels: Tensor, ignore_index: int, vocab: int) -> LiveTokens:
     flat = labels.reshape(-1)
     positions = (flat != ignore_index).nonzero()[:, 0]
     live = flat[positions]
-    in_range = (live >= 0) & (live < vocab)
-    if labels.device.type == "cpu":
-        if not in_range.all():
-            raise ValueError(f"label {int(live[~in_range][0])} is outside the vocabulary [0, {vocab})")
-    else:
-        torch._assert_async(in_range.all(), f"a label is outside the vocabulary [0, {vocab})")
+    require_in_vocabulary(live, (live >= 0) & (live < vocab), vocab)
     return LiveTokens(positions, live, len(flat))
 
 
@@ -180,21 +167,6 @@ def _spread(grad: Tensor, tokens: LiveTokens) -> Tensor:  # [n, H] -> [t, H]
     if tokens.is_all:
         return grad
     return grad.new_zeros((tokens.num_all, grad.shape[1])).index_copy_(0, tokens.positions, grad)
-
-
-def start_gather(stats: Tensor, shard: VocabShard) -> Callable[[], Tensor]:  # [n, 4] -> () -> [p, n, 4]
-    """Begin the one all-gather of a vocabulary-parallel softmax: 16 bytes a token."""
-    if shard.tp_group is None or len(stats) == 0:
-        return lambda: stats[None]
-    size = dist.get_world_size(shard.tp_group)
-    gathered = stats.new_empty((size * len(stats), 4))
-    work = dist.all_gather_into_tensor(gathered, stats, group=shard.tp_group, async_op=True)
-
-    def arrived() -> Tensor:
-        work.wait()
-        return gathered.view(size, -1, 4)
-
-    return arrived
 
 
 class LogitsBuffer:

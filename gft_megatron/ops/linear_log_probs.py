@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from gft_megatron.ops.gather import start_gather
 from gft_megatron.ops.library import row_ops
 from gft_megatron.ops.linear import (
     LiveTokens,
@@ -25,7 +26,6 @@ from gft_megatron.ops.linear import (
     live_tokens,
     main_grad_of,
     spans,
-    start_gather,
     start_hidden_reduction,
     vocab_shard,
     without_autocast,
@@ -90,7 +90,9 @@ class _LinearLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         with without_autocast(hidden):
             stats = _statistics(live_hidden(hidden, tokens, shard), weight, tokens.labels, shard, chunk_tokens)
-        log_prob, entropy, maximum, log_sum = row_ops(hidden.device).combine_stats(start_gather(stats, shard)())
+        log_prob, entropy, maximum, log_sum = row_ops(hidden.device).combine_stats(
+            start_gather(stats, shard.tp_group)()
+        )
         ctx.save_for_backward(hidden, weight, maximum, log_sum, entropy)
         ctx.main_grad = main_grad_of(weight)
         ctx.tokens, ctx.shard, ctx.chunk_tokens = tokens, shard, chunk_tokens

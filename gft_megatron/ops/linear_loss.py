@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from gft_megatron.ops.gather import start_gather
 from gft_megatron.ops.library import row_ops
 from gft_megatron.ops.linear import (
     LiveTokens,
@@ -27,7 +28,6 @@ from gft_megatron.ops.linear import (
     live_tokens,
     main_grad_of,
     spans,
-    start_gather,
     start_hidden_reduction,
     vocab_shard,
     without_autocast,
@@ -208,7 +208,7 @@ class _Pass:
     def _start(self, rows: slice, buffer: LogitsBuffer, *, is_last: bool) -> Callable[[], None]:
         logits = buffer.product(self._hidden[rows], self._weight)
         place = self._shard.statistics_arguments(0, len(self._weight))
-        arrived = start_gather(self._ops.row_stats(logits, self._tokens.labels[rows], *place), self._shard)
+        arrived = start_gather(self._ops.row_stats(logits, self._tokens.labels[rows], *place), self._shard.tp_group)
         return lambda: self._finish(rows, logits, arrived(), is_last)
 
     def _finish(self, rows: slice, logits: Tensor, stats: Tensor, is_last: bool) -> None:

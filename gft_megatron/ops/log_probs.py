@@ -17,8 +17,16 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from gft_megatron.ops.gather import start_gather
 from gft_megatron.ops.library import row_ops
-from gft_megatron.ops.rows import check_arguments, row_blocks, row_labels, saved_through_hooks, shares_rows
+from gft_megatron.ops.rows import (
+    check_arguments,
+    row_blocks,
+    row_labels,
+    saved_through_hooks,
+    shares_rows,
+    vocab_slice,
+)
 
 
 def vocab_parallel_log_probs(
@@ -53,27 +61,22 @@ def vocab_parallel_log_probs(
         RuntimeError: CUDA logits without the CUDA operators; in backward, the second use of overwritten logits.
     """
     check_arguments(logits, labels, temperature)
-    rank, size = (0, 1) if tp_group is None else (dist.get_rank(tp_group), dist.get_world_size(tp_group))
-    width = logits.shape[-1]
-    vocab = width * size if vocab_size is None else vocab_size
-    if not 1 <= vocab <= width * size:
-        raise ValueError(f"vocab_size must be in [1, {width * size}] ({size} shards of {width} columns), got {vocab}")
-    if logits.stride(-1) != 1 and width > 1:
+    vocab_start, valid_vocab, vocab = vocab_slice(logits.shape[-1], vocab_size, tp_group)
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         if inplace_backward:
             raise ValueError(f"inplace_backward needs adjacent logits of a token, got strides {logits.stride()}")
         logits = logits.contiguous()
     compiling = torch.compiler.is_compiling()
     if inplace_backward and not compiling and shares_rows(logits):
         raise ValueError(f"inplace_backward needs a row of memory for every token, got strides {logits.stride()}")
-    vocab_start = rank * width
     log_probs, entropy, _, _ = (torch.ops.gft_megatron.log_probs if compiling else _LogProbs.apply)(
         logits,
         row_labels(labels, ignore_index, vocab),
         vocab_start,
-        min(max(vocab - vocab_start, 0), width),
+        valid_vocab,
         1.0 / temperature,
         with_entropy,
-        "" if tp_group is None or size == 1 else tp_group.group_name,
+        "" if tp_group is None or dist.get_world_size(tp_group) == 1 else tp_group.group_name,
         inplace_backward and not compiling,
     )
     return log_probs.view(labels.shape), entropy.view(labels.shape) if with_entropy else None
@@ -99,13 +102,7 @@ def _log_probs(
 
 
 def _gather(stats: Tensor, tp_group: str) -> Tensor:  # [n, 4] -> [p, n, 4]
-    if not tp_group:
-        return stats[None]
-    group = _resolve_process_group(tp_group)
-    size = dist.get_world_size(group)
-    gathered = stats.new_empty((size * stats.shape[0], 4))
-    dist.all_gather_into_tensor(gathered, stats, group=group)
-    return gathered.view(size, -1, 4)
+    return start_gather(stats, _resolve_process_group(tp_group) if tp_group else None)()
 
 
 def _fake_log_probs(logits: Tensor, labels: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:

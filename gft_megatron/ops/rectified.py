@@ -20,6 +20,7 @@ from gft_megatron.ops.rows import (
     row_labels,
     saved_through_hooks,
     shares_rows,
+    vocab_slice,
 )
 
 
@@ -59,10 +60,7 @@ def rectified_cross_entropy(
         RuntimeError: CUDA logits without the CUDA operators; a second backward.
     """
     check_arguments(logits, labels, temperature)
-    width = logits.shape[-1]
-    vocab = width if vocab_size is None else vocab_size
-    if not 1 <= vocab <= width:
-        raise ValueError(f"vocab_size must be in [1, {width}], got {vocab}")
+    _, _, vocab = vocab_slice(logits.shape[-1], vocab_size, None)
     weight = _row_values("weights", weights, labels)
     limit = _row_values("tau", tau if isinstance(tau, Tensor) else torch.full_like(weight, tau).view_as(labels), labels)
     if not (logits.requires_grad and torch.is_grad_enabled()):
@@ -72,7 +70,7 @@ def rectified_cross_entropy(
         loss = _loss(log_probs.view(-1), labels.reshape(-1) == ignore_index, weight, limit)
         return loss.view(labels.shape), log_probs
     rows = row_labels(labels, ignore_index, vocab)
-    if logits.stride(-1) != 1 and width > 1:
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
     rectified = torch.ops.gft_megatron.rectified if torch.compiler.is_compiling() else _Rectified.apply
     loss, log_probs, _ = rectified(logits, rows, vocab, 1.0 / temperature, weight, limit, grad_scale)

@@ -115,8 +115,10 @@ def forward_backward(
     config = chunks[0].config
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
-    # What the schedule multiplies the loss with before it calls backward.
-    grad_scale = float(optimizer.scale_loss(torch.ones((), device=torch.cuda.current_device())))
+    # What the schedule multiplies the loss with before it calls backward. Only linear_loss has to know it in advance.
+    grad_scale = 1.0
+    if objective.fused_linear_loss:
+        grad_scale = float(optimizer.scale_loss(torch.ones((), device=torch.cuda.current_device())))
     olds = [None] * len(micro_batches) if old_log_probs is None else old_log_probs
     reports = _run_schedule(
         chunks,

@@ -12,6 +12,7 @@ import torch
 from cuda_on_host.emulator import CSRC, DTYPES, EmulatedGpu, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logits_rows import make_rows, upstream
 from oracle import assert_promised_grad, dense_answer
 from torch import Tensor
 
@@ -27,17 +28,6 @@ INV_TEMPERATURE = 1.4375  # exact in fp32: rounding it is not the kernels' error
 @pytest.fixture(scope="module")
 def gpu(tmp_path_factory: pytest.TempPathFactory) -> EmulatedGpu:
     return EmulatedGpu(build(CSRC, tmp_path_factory.mktemp("cuda_on_host")))
-
-
-def make_rows(n: int, vocab: int, dtype: torch.dtype, scale: float = 4.0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(n * 1_000_003 + vocab)
-    logits = torch.randn(n, vocab, generator=generator) * scale
-    return logits.to(dtype), torch.randint(vocab, (n,), generator=generator)
-
-
-def upstream(n: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(11)
-    return torch.randn(n, generator=generator), torch.randn(n, generator=generator)
 
 
 def poisoned_like(gpu: EmulatedGpu, logits: Tensor, row_stride: int | None = None, *, at_start: bool = False) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from logits_rows import make_rows, upstream
 from oracle import assert_grad_close, dense_answer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,17 +23,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPS = torch.ops.gft_megatron
 INF, NAN = float("inf"), float("nan")
 TEMPERATURE = 0.7
-
-
-def make_rows(n: int, vocab: int, dtype: torch.dtype, scale: float = 4.0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(n * 1_000_003 + vocab)
-    logits = torch.randn(n, vocab, generator=generator) * scale
-    return logits.to(dtype), torch.randint(vocab, (n,), generator=generator)
-
-
-def upstream(n: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(11)
-    return torch.randn(n, generator=generator), torch.randn(n, generator=generator)
 
 
 def check_against_dense(logits: Tensor, labels: Tensor, **options) -> Tensor:
