@@ -1,7 +1,7 @@
 """Hyper-parameters that change over a run: `mu=0.9:0.05:cosine:200`.
 
-A schedule is NAME=START:END:SHAPE[:STEPS[:WARMUP]]. The value is START for WARMUP steps (default 0), then goes to END in
-STEPS steps (default: the rest of the phase) and stays there.
+A schedule is NAME=START:END:SHAPE[:STEPS[:WARMUP]]. The value is START for WARMUP steps (default 0), then goes to END
+in STEPS steps (default: the rest of the phase) and stays there.
 """
 
 from __future__ import annotations
