@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from gft_megatron.config import RunConfig, flag_of
+from gft_megatron.config import RunConfig
+from gft_megatron.config_checks import flag_of
 
 Settings = TypeVar("Settings")
 
@@ -30,7 +31,28 @@ def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
     argv = list(sys.argv[1:] if argv is None else argv)
     file_values, argv = _read_config_file(argv)
     # A file's values become flags in front of the real ones, so that both meet the same checks.
-    argv = [*_as_flags(file_values), *argv]
+    return _parse_run([*_as_flags(file_values), *argv])
+
+
+def parse_values(values: dict[str, Any]) -> RunConfig:
+    """A configuration from `name: value`, as a file of --config holds them.
+
+    Raises:
+        ValueError: in one line, what was wrong with which flag.
+    """
+    return _parse_run(_as_flags(values))
+
+
+def flat_values(config: RunConfig) -> dict[str, Any]:
+    """The settings as `name: value`."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for section in dataclasses.asdict(config).values()
+        for key, value in section.items()
+    }
+
+
+def _parse_run(argv: Sequence[str]) -> RunConfig:
     return parse_flags(
         RunConfig, argv, config=(tyro.conf.OmitArgPrefixes,), description="Group Fine-Tuning on Megatron-Core."
     )
@@ -100,9 +122,4 @@ def _first_sentence(boxed: str, settings_name: str) -> str:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved settings as a file that --config reads."""
-    flat = {
-        key: list(value) if isinstance(value, tuple) else value
-        for section in dataclasses.asdict(config).values()
-        for key, value in section.items()
-    }
-    path.write_text(yaml.safe_dump(flat, sort_keys=False))
+    path.write_text(yaml.safe_dump(flat_values(config), sort_keys=False))

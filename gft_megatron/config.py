@@ -7,16 +7,25 @@ hyper-parameters of the losses are not written here: they are read from the sign
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
 from gft_megatron.advantages import AdvantageNormalization
-from gft_megatron.losses import LOSSES, is_token_local
+from gft_megatron.config_checks import check_config
+from gft_megatron.losses import (
+    LOSSES,
+    LossFn,
+    default_schedules,
+    loss_hyper_parameters,
+    natural_responses,
+    required_inputs,
+)
+from gft_megatron.losses.reduce import Reduction
+from gft_megatron.losses.terms import KlEstimator, with_terms
+from gft_megatron.schedules import Schedule, parse_schedules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +36,8 @@ class ModelConfig:
     """Hugging Face folder of the model: config.json, tokenizer, safetensors."""
     hf_export: str | None = None
     """Write the trained model as a Hugging Face folder here."""
+    ref_hf_checkpoint: str | None = None
+    """Hugging Face folder of the frozen reference model, of the same shape; default --hf-checkpoint."""
     random_init: bool = False
     """Take only config and tokenizer from --hf-checkpoint and start from random weights."""
     bf16: bool = False
@@ -83,12 +94,13 @@ class RolloutConfig:
 
     rollout_batch_size: int = 128
     """Prompts, hence groups, of one rollout."""
-    n_expert: int = 1
-    """Expert responses in a group."""
-    n_teacher: int = 3
-    """Teacher responses in a group."""
-    n_self: Annotated[int, tyro.conf.arg(aliases=("--n-samples-per-prompt",))] = 4
-    """Own samples in a group; missing recorded responses are replaced by more of them."""
+    n_expert: int | None = None
+    """Expert responses in a group; default 1, for losses of group RL 0."""
+    n_teacher: int | None = None
+    """Teacher responses in a group; default 3 for losses of mixed groups, else 0."""
+    n_self: Annotated[int | None, tyro.conf.arg(aliases=("--n-samples-per-prompt",))] = None
+    """Own samples in a group, and in place of missing recorded responses; default 4 for losses of mixed groups, 8 for
+    group RL, 0 for the SFT family."""
     rollout_max_response_len: int = 1024
     """Longest response, in tokens."""
     rollout_temperature: float = 1.0
@@ -101,6 +113,14 @@ class RolloutConfig:
     """Reward: exact, math, or module:function."""
     advantage_normalization: AdvantageNormalization = "std"
     """Divide advantages by the group's standard deviation, or not; or compare a reward with those of the others."""
+    advantage_ddof: Literal[0, 1] = 1
+    """1 divides a group's variance by n - 1, 0 by n."""
+    advantage_scope: Literal["group", "source"] = "group"
+    """Compare a response with all of its group, or with those of its own source only."""
+    overlong_buffer_len: int = 0
+    """Last tokens of --rollout-max-response-len in which an own sample's reward falls by up to 1 (DAPO); 0: none."""
+    mask_truncated: bool = False
+    """Leave out own samples that did not end (DAPO's overlong filtering)."""
     skip_zero_variance: bool = True
     """Leave out groups whose rewards are all equal: they carry no gradient."""
     refill_groups: bool = False
@@ -114,8 +134,8 @@ _ScheduleStyle = Literal["constant", "cosine", "linear", "inverse-square-root", 
 class OptimizerSettings:
     """Optimizer."""
 
-    train_iters: int
-    """Optimizer steps."""
+    train_iters: int | None = None
+    """Optimizer steps; with --phases it is their sum."""
     lr: float = 1e-6
     """Highest learning rate."""
     min_lr: float = 0.0
@@ -174,16 +194,29 @@ class OutputConfig:
     """Where metrics go besides metrics.jsonl."""
 
 
-def loss_hyper_parameters() -> dict[str, dict[str, inspect.Parameter]]:
-    """Hyper-parameters of each loss: the keyword-only parameters of its function."""
-    return {
-        name: {
-            key: parameter
-            for key, parameter in inspect.signature(loss, eval_str=True).parameters.items()
-            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-        }
-        for name, loss in LOSSES.items()
-    }
+@dataclass(frozen=True, kw_only=True)
+class _LossSettings:
+    loss: Annotated[str, tyro.conf.arg(help=f"One of {', '.join(LOSSES)}.", metavar="NAME")] = "gft"
+    loss_reduction: Reduction = "token-mean"
+    """One number from the losses of all tokens: their mean, the mean over responses of their means, or the sum over
+    tokens divided by responses times --rollout-max-response-len (Dr. GRPO)."""
+    batch_statistics: Literal["exact", "previous-step"] = "exact"
+    """Where losses that compare a response with the global batch (CADFT, SFT-GO, UFT) know it from: a forward-only pass
+    before each step, or the step before, which costs nothing and is an approximation."""
+    schedule: tuple[str, ...] = ()
+    """Hyper-parameters that change: NAME=START:END:SHAPE[:STEPS[:WARMUP]] with shapes linear, cosine, step."""
+    kl_coef: float = 0.0
+    """Weight of the KL divergence from the reference model."""
+    kl_estimator: KlEstimator = "k3"
+    """How the divergence is estimated from the drawn tokens."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Add the divergence to the loss, or take it from the rewards of own samples."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    mix_loss: str | None = None
+    """A loss of the SFT family that recorded responses get beside --loss."""
+    mix_coef: float = 0.1
+    """Its weight; --schedule mix_coef=1:0:linear goes from imitation to reinforcement."""
 
 
 def _loss_fields() -> list[tuple[str, Any, Any]]:
@@ -203,18 +236,21 @@ def _loss_fields() -> list[tuple[str, Any, Any]]:
 
 LossConfig = dataclasses.make_dataclass(
     "LossConfig",
-    [
-        (
-            "loss",
-            Annotated[str, tyro.conf.arg(help=f"One of {', '.join(LOSSES)}.", metavar="NAME")],
-            "gft",
-        ),
-        *_loss_fields(),
-    ],
+    _loss_fields(),
+    bases=(_LossSettings,),
     frozen=True,
     kw_only=True,
     namespace={"__doc__": "Loss."},
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhasesConfig:
+    """Phases."""
+
+    phases: tuple[str, ...] = ()
+    """Losses one after the other in one run: LOSS:STEPS[:FLAG=VALUE...] with commas between them, as in
+    sft:200,gft:400:lr=1e-6,grpo:200:optimizer=reset; (sft:10,grpo:10)*20 interleaves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,23 +262,75 @@ class RunConfig:
     data: DataConfig
     rollout: RolloutConfig
     loss: LossConfig  # type: ignore[valid-type]
+    phases: PhasesConfig
     optimizer: OptimizerSettings
     output: OutputConfig
 
     def __post_init__(self) -> None:
-        _require_known_loss(self.loss)
-        _require_whole_sequences(self)
-        _require_sizes(self)
-        _require_consistent_rollout(self)
+        check_config(self)
+
+    @property
+    def group_sizes(self) -> GroupSizes:
+        """Responses of each source in a group: as set, else what the loss is made for."""
+        wanted = (self.rollout.n_expert, self.rollout.n_teacher, self.rollout.n_self)
+        natural = _NATURAL_GROUPS[natural_responses(LOSSES[self.loss.loss])]
+        if self.loss.mix_loss is not None:
+            natural = (max(natural[0], 1), *natural[1:])
+        return GroupSizes(*(size if given is None else given for given, size in zip(wanted, natural, strict=True)))
+
+    @property
+    def hyper_names(self) -> list[str]:
+        """Hyper-parameters of --loss, then those that only --mix-loss has."""
+        hyper = loss_hyper_parameters()
+        return list({**hyper[self.loss.loss], **(hyper[self.loss.mix_loss] if self.loss.mix_loss else {})})
 
     @property
     def loss_hyper(self) -> dict[str, Any]:
-        """The chosen loss's hyper-parameters that were set."""
-        return {
-            key: value
-            for key in loss_hyper_parameters()[self.loss.loss]
-            if (value := getattr(self.loss, key)) is not None
-        }
+        """The hyper-parameters that were set."""
+        return {key: value for key in self.hyper_names if (value := getattr(self.loss, key)) is not None}
+
+    def hyper_at(self, step: int) -> dict[str, Any]:
+        """What `loss_function` is called with in step `step`, counted from 0."""
+        changing = {name: schedule.at(step, self.train_iters) for name, schedule in self.schedules.items()}
+        set_ = {**self.loss_hyper, **{name: getattr(self.loss, name) for name in self.terms}, **changing}
+        return {name: value for name, value in set_.items() if name in (*self.hyper_names, *self.terms)}
+
+    @property
+    def terms(self) -> list[str]:
+        """The coefficients of what is added to --loss."""
+        mixes, has_kl = self.loss.mix_loss is not None, self.loss.kl_in == "loss"
+        can_be = {"kl_coef": has_kl, "entropy_coef": True, "mix_coef": mixes}
+        return [name for name, may in can_be.items() if may and self.changes(name)]
+
+    @property
+    def loss_function(self) -> LossFn:
+        """--loss, with what is added to it."""
+        loss = LOSSES[self.loss.loss]
+        if not self.terms:
+            return loss
+        mix = LOSSES[self.loss.mix_loss] if "mix_coef" in self.terms else None
+        return with_terms(loss, terms=self.terms, kl_estimator=self.loss.kl_estimator, mix=mix)
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """--schedule, and the loss's own schedules of what was not set."""
+        own = [f"{name}={text}" for name, text in default_schedules(LOSSES[self.loss.loss]).items()]
+        unset = {name: schedule for name, schedule in parse_schedules(own).items() if name not in self.loss_hyper}
+        return {**unset, **parse_schedules(self.loss.schedule)}
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether something is compared with the frozen reference model."""
+        return bool(required_inputs(self.loss_function) & {"ref_log_probs", "ref_kl"}) or self.changes("kl_coef")
+
+    def changes(self, name: str) -> bool:
+        """Whether this coefficient is, or becomes, anything but 0."""
+        return getattr(self.loss, name) != 0 or name in self.schedules
+
+    @property
+    def train_iters(self) -> int:
+        assert self.optimizer.train_iters is not None  # with --phases: of a phase's own configuration
+        return self.optimizer.train_iters
 
     @property
     def max_prompt_length(self) -> int:
@@ -259,91 +347,12 @@ class RunConfig:
         return Path(self.output.save or Path(self.output.run_dir) / "checkpoints")
 
 
-def _require_known_loss(loss: Any) -> None:
-    hyper = loss_hyper_parameters()
-    if loss.loss not in hyper:
-        raise ValueError(f"--loss {loss.loss}: unknown; the losses are {', '.join(hyper)}")
-    for field in dataclasses.fields(loss):
-        if field.name not in ("loss", *hyper[loss.loss]) and getattr(loss, field.name) is not None:
-            raise ValueError(f"{flag_of(field.name)} has no meaning for --loss {loss.loss}")
+_NATURAL_GROUPS = {"recorded": (1, 0, 0), "mixed": (1, 3, 4), "own": (0, 0, 8)}
 
 
-def _require_whole_sequences(config: RunConfig) -> None:
-    """A context-parallel rank holds some chunks of each sequence (data/packing.py)."""
-    size = config.parallel.context_parallel_size
-    if size > 1 and not is_token_local(LOSSES[config.loss.loss]):
-        raise ValueError(
-            f"--loss {config.loss.loss} needs whole sequences on each rank; --context-parallel-size is {size}, "
-            f"it has to be 1"
-        )
+class GroupSizes(NamedTuple):
+    """Responses in a group."""
 
-
-def _require_sizes(config: RunConfig) -> None:
-    at_least_one = {
-        config.parallel: ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
-        config.data: ("seq_length",),
-        config.rollout: ("rollout_batch_size", "rollout_max_response_len", "max_concurrent_samples"),
-        config.optimizer: ("num_steps_per_rollout", "num_epochs_per_rollout"),
-        config.output: ("keep_last", "n_samples_per_eval_prompt", "log_interval"),
-    }
-    for section, names in at_least_one.items():
-        for name in names:
-            if getattr(section, name) < 1:
-                raise ValueError(f"{flag_of(name)} is {getattr(section, name)}; it has to be at least 1")
-    for name in ("n_expert", "n_teacher", "n_self"):
-        if getattr(config.rollout, name) < 0:
-            raise ValueError(f"{flag_of(name)} is {getattr(config.rollout, name)}; it cannot be negative")
-    for section, name in (
-        (config.model, "make_vocab_size_divisible_by"),
-        (config.optimizer, "max_tokens_per_gpu"),
-        (config.optimizer, "micro_batch_size"),
-    ):
-        value = getattr(section, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{flag_of(name)} is {value}; it has to be at least 1")
-    if not 0 < config.rollout.rollout_temperature < math.inf:
-        raise ValueError(f"--rollout-temperature is {config.rollout.rollout_temperature}; it has to be positive")
-    if not 0 < config.rollout.rollout_top_p <= 1:
-        raise ValueError(f"--rollout-top-p is {config.rollout.rollout_top_p}; it has to be above 0 and at most 1")
-    if not 0 < config.optimizer.lr < math.inf:
-        raise ValueError(f"--lr is {config.optimizer.lr}; it has to be positive")
-    virtual = config.parallel.virtual_pipeline_model_parallel_size
-    if virtual is not None and (virtual < 2 or config.parallel.pipeline_model_parallel_size < 2):
-        raise ValueError(
-            f"--virtual-pipeline-model-parallel-size {virtual} needs at least 2 chunks and "
-            f"--pipeline-model-parallel-size of at least 2"
-        )
-    if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
-        raise ValueError("--sequence-parallel needs --tensor-model-parallel-size of at least 2")
-    if config.parallel.overlap_param_gather and not config.parallel.use_distributed_optimizer:
-        raise ValueError("--overlap-param-gather needs --use-distributed-optimizer")
-
-
-def _require_consistent_rollout(config: RunConfig) -> None:
-    rollout = config.rollout
-    if rollout.n_expert + rollout.n_teacher + rollout.n_self == 0:
-        raise ValueError("--n-expert, --n-teacher and --n-self are all 0: a group needs at least one response")
-    if config.max_prompt_length < 1:
-        raise ValueError(
-            f"--seq-length {config.data.seq_length} leaves no room for a prompt beside "
-            f"--rollout-max-response-len {rollout.rollout_max_response_len}"
-        )
-    if config.max_prompt_length + rollout.rollout_max_response_len > config.data.seq_length:
-        raise ValueError(
-            f"--max-prompt-length {config.max_prompt_length} + --rollout-max-response-len "
-            f"{rollout.rollout_max_response_len} exceed --seq-length {config.data.seq_length}"
-        )
-    if config.max_tokens_per_micro_batch < config.data.seq_length:
-        raise ValueError(
-            f"--max-tokens-per-gpu {config.optimizer.max_tokens_per_gpu} is less than --seq-length "
-            f"{config.data.seq_length}: the longest sequence would not fit into a micro-batch"
-        )
-    if rollout.rollout_batch_size < config.optimizer.num_steps_per_rollout:
-        raise ValueError(
-            f"--rollout-batch-size {rollout.rollout_batch_size} groups cannot be divided over "
-            f"--num-steps-per-rollout {config.optimizer.num_steps_per_rollout} steps"
-        )
-
-
-def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    n_expert: int
+    n_teacher: int
+    n_self: int

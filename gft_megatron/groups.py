@@ -104,14 +104,14 @@ class Batch:
         return int(self.lengths.sum() - self.prompt_lengths.sum())
 
     @staticmethod
-    def from_groups(groups: Sequence[Group], advantages: Sequence[Sequence[float]], group_ids: Sequence[int]) -> Batch:
-        """Flatten groups; `advantages[i]` has one value for each sample of `groups[i]`, `group_ids` are distinct."""
+    def from_groups(groups: Sequence[Group], group_ids: Sequence[int]) -> Batch:
+        """Flatten groups with distinct ids. Advantages are 0 until somebody compares the rewards."""
         tokens: list[np.ndarray] = [np.zeros(0, np.int64)]
         log_probs: list[np.ndarray] = [np.zeros(0, np.float32)]
         columns: dict[str, list[float | int | bool]] = {name: [] for name in _SAMPLE_COLUMNS}
-        for group_id, group, group_advantages in zip(group_ids, groups, advantages, strict=True):
+        for group_id, group in zip(group_ids, groups, strict=True):
             prompt = group.prompt.token_ids
-            for sample, advantage in zip(group.samples, group_advantages, strict=True):
+            for sample in group.samples:
                 tokens += [prompt, sample.token_ids]
                 unknown = np.full(len(prompt), np.nan, np.float32)
                 known = sample.rollout_log_probs
@@ -121,7 +121,7 @@ class Batch:
                 columns["group_ids"].append(group_id)
                 columns["sources"].append(int(sample.source))
                 columns["rewards"].append(sample.reward)
-                columns["advantages"].append(float(advantage))
+                columns["advantages"].append(0.0)
                 columns["truncated"].append(sample.truncated)
                 columns["weight_versions"].append(min((span.version for span in sample.weight_spans), default=-1))
         return Batch(

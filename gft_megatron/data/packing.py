@@ -39,6 +39,9 @@ class PackedMicroBatch:
     sources: Tensor  # [S] int64
     advantages: Tensor  # [S] float32
     rewards: Tensor  # [S] float32
+    weights: Tensor  # [S] float32, what the losses of a sample's tokens are multiplied with
+    sample_ids: Tensor  # [S] int64, index of the sample in the batch that was planned
+    response_lengths: Tensor  # [samples of that batch] int64
 
 
 def plan_micro_batches(
@@ -100,6 +103,7 @@ def pack_micro_batch(
     indices: Sequence[int],
     *,
     length: int,
+    weights: Tensor | None = None,
     sequence_multiple: int = 1,
     cp_size: int = 1,
     cp_rank: int = 0,
@@ -108,6 +112,7 @@ def pack_micro_batch(
 
     Args:
         length: over all context-parallel ranks; a multiple of sequence_multiple, at least `packed_length`.
+        weights: [samples of the batch], see `losses.reduce.response_weights`; None: 1.
         sequence_multiple: each sample is padded to a multiple of this; a multiple of 2 * cp_size if cp_size > 1.
     """
     assert cp_size == 1 or sequence_multiple % (2 * cp_size) == 0, (sequence_multiple, cp_size)
@@ -153,6 +158,9 @@ def pack_micro_batch(
         sources=columns.sources,
         advantages=columns.advantages,
         rewards=columns.rewards,
+        weights=torch.ones(len(columns.sources)) if weights is None or not len(indices) else weights[list(indices)],
+        sample_ids=torch.tensor(list(indices) or [0]),
+        response_lengths=batch.lengths - batch.prompt_lengths,
     )
 
 

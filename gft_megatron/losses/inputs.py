@@ -48,6 +48,10 @@ class LossInputs:
         old = log_probs.detach() if self.old_log_probs is None else self.old_log_probs
         return dataclasses.replace(self, log_probs=log_probs, entropy=entropy, old_log_probs=old)
 
+    def with_ref_kl(self, ref_kl: Tensor) -> LossInputs:  # [n]
+        """With each token's divergence from the reference."""
+        return dataclasses.replace(self, ref_kl=ref_kl)
+
 
 _PER_TOKEN = (
     "log_probs",

@@ -2,12 +2,38 @@
 
 Each micro-batch hands (sum, number of tokens) to Megatron-Core, which sums the numbers of all micro-batches,
 context-parallel and data-parallel ranks and divides the gradients once (finalize_model_grads, `num_tokens`). Hence
-micro-batching, packing and the parallel layout cannot change the loss.
+micro-batching, packing and the parallel layout cannot change the loss. Other means are weights of the responses.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
 from torch import Tensor
+
+Reduction = Literal["token-mean", "seq-mean", "constant"]
+
+
+def response_weights(response_lengths: Tensor, reduction: Reduction, longest: int) -> Tensor:
+    """What the tokens of each response are multiplied with, for the mean over all tokens to be the one that is wanted.
+
+    Args:
+        response_lengths: [n] int64, of the global batch: tokens of each response.
+        reduction: "token-mean": every token counts alike. "seq-mean": every response does (GRPO's own mean).
+            "constant": the sum over tokens / (responses * longest) (Dr. GRPO, arXiv:2503.20783).
+        longest: tokens of the longest response there may be.
+
+    Returns:
+        [n] fp32.
+    """
+    lengths = response_lengths.double()
+    if reduction == "token-mean":
+        return torch.ones_like(lengths).float()
+    per_response = lengths.sum() / max(len(lengths), 1)
+    if reduction == "seq-mean":
+        return (per_response / lengths.clamp(min=1)).float()
+    return torch.full_like(lengths, float(per_response) / longest).float()
 
 
 def token_sum(per_token_loss: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # [n], [n] -> [], [] int32

@@ -12,10 +12,11 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import count
 
 import torch
+from torch import Tensor
 
 from gft_megatron.advantages import AdvantageNormalization, group_advantages
 from gft_megatron.groups import Batch, Group, Prompt, RecordedResponse, Sample, Source
@@ -45,10 +46,36 @@ class GroupRecipe:
     needs_advantages: bool
     """False for losses that weigh every response alike (SFT, DFT): all advantages are then 1."""
     advantage_normalization: AdvantageNormalization = "std"
+    advantage_ddof: int = 1
+    compare_own_source: bool = False
+    """A response is compared with those of its own source only, not with all of its group."""
+    overlong_buffer_len: int = 0
+    """See `overlong_penalty`; 0: none."""
 
     @property
     def needs_rewards(self) -> bool:
         return self.needs_advantages or self.n_self > 0
+
+    def shaped_rewards(self, batch: Batch) -> Tensor:  # [num_samples]
+        """The rewards as advantages see them; elsewhere they are told as they are."""
+        lengths = batch.lengths - batch.prompt_lengths
+        penalty = overlong_penalty(lengths, longest=self.sampling.max_new_tokens, buffer=self.overlong_buffer_len)
+        return batch.rewards + penalty.where(batch.sources == int(Source.SELF), 0.0)
+
+
+def overlong_penalty(lengths: Tensor, *, longest: int, buffer: int) -> Tensor:  # [n] -> [n]
+    """DAPO's soft overlong punishment (arXiv:2503.14476 Eq. 13): 0, falling to -1 over the last `buffer` tokens."""
+    if not buffer:
+        return torch.zeros(lengths.shape)
+    return -((lengths - (longest - buffer)) / buffer).clamp(0.0, 1.0)
+
+
+def recipe_advantages(rewards: Tensor, group_ids: Tensor, sources: Tensor, recipe: GroupRecipe) -> Tensor:
+    """Advantages of samples, [n] each; 1 for a loss that weighs every response alike."""
+    if not recipe.needs_advantages:
+        return torch.ones(len(rewards))
+    compared = group_ids * len(Source) + sources if recipe.compare_own_source else group_ids
+    return group_advantages(rewards, compared, normalize=recipe.advantage_normalization, ddof=recipe.advantage_ddof)
 
 
 @dataclass
@@ -104,7 +131,9 @@ class Collector:
         groups = [group for group in made if group is not None]
         ids = [group_id for group, group_id in zip(made, group_ids, strict=True) if group is not None]
         counts.dropped_groups = len(made) - len(groups)
-        return groups, Batch.from_groups(groups, [_advantages(group, recipe) for group in groups], ids), counts
+        batch = Batch.from_groups(groups, ids)
+        advantages = recipe_advantages(recipe.shaped_rewards(batch), batch.group_ids, batch.sources, recipe)
+        return groups, replace(batch, advantages=advantages), counts
 
     async def sample(
         self, prompts: Sequence[Prompt], num_samples: int, sampling: SamplingParams, *, name: str
@@ -214,14 +243,6 @@ class Collector:
 def _choose(responses: tuple[RecordedResponse, ...], source: Source, wanted: int, choose: random.Random) -> list[int]:
     available = [i for i, response in enumerate(responses) if response.source == source]
     return available if len(available) <= wanted else sorted(choose.sample(available, wanted))
-
-
-def _advantages(group: Group, recipe: GroupRecipe) -> list[float]:
-    if not recipe.needs_advantages:
-        return [1.0] * len(group.samples)
-    rewards = torch.tensor([sample.reward for sample in group.samples])
-    one_group = torch.zeros(len(rewards), dtype=torch.int64)
-    return group_advantages(rewards, one_group, normalize=recipe.advantage_normalization).tolist()
 
 
 def _request_id(seed: int, name: str, attempt: int) -> str:

@@ -125,9 +125,8 @@ def load_checkpoint(
     folder: Path,
     chunks: list[DistributedDataParallel],
     optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Restore model, optimizer, schedule and random state; collective. Returns the run state and warnings.
+    """Restore model, optimizer and random state; collective. Returns the run state, the schedule's in it, and warnings.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -146,7 +145,6 @@ def load_checkpoint(
         for key, chunk in _named_chunks(chunks):
             unwrapped(chunk).load_state_dict(loaded[key])
         optimizer.load_state_dict(loaded["optimizer"])
-        scheduler.load_state_dict(run_state["scheduler"])
     except _FAILURES as error:
         raise CheckpointError(f"could not read the checkpoint {folder}: {_reason(error)}") from error
     if run_state.get("layout") == layout() and _random_state_file(folder).exists():

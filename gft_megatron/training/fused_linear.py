@@ -8,6 +8,8 @@ Legend: t tokens of a micro-batch on this context-parallel rank, v/p vocabulary 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +44,23 @@ def return_hidden_states(
         model = unwrapped(chunk)
         if model.post_process:
             model.output_layer.forward = _hand_through
+
+
+@contextlib.contextmanager
+def handing_through(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """The last stage returns hidden states inside, whatever it returns outside."""
+    layers = [unwrapped(chunk).output_layer for chunk in chunks if unwrapped(chunk).post_process]
+    before = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = _hand_through
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
 
 
 def _hand_through(hidden: Tensor, weight: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:

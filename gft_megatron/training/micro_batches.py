@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from megatron.core import parallel_state
+from torch import Tensor
 
 from gft_megatron.config import OptimizerSettings, ParallelConfig
 from gft_megatron.data.packing import PackedMicroBatch, pack_micro_batch, packed_length, plan_micro_batches
@@ -22,9 +23,18 @@ def split_over_steps(batch: Batch, settings: OptimizerSettings) -> Iterator[Batc
 
 
 def pack_for_this_replica(
-    batch: Batch, parallel: ParallelConfig, *, max_tokens: int, max_sequences: int | None = None
+    batch: Batch,
+    parallel: ParallelConfig,
+    *,
+    max_tokens: int,
+    max_sequences: int | None = None,
+    weights: Tensor | None = None,
 ) -> list[PackedMicroBatch]:
-    """This rank's part of the micro-batches: as many on each replica, all of one length."""
+    """This rank's part of the micro-batches: as many on each replica, all of one length.
+
+    Args:
+        weights: [samples of the batch], see `losses.reduce.response_weights`; None: 1.
+    """
     context = parallel.context_parallel_size
     sequence_multiple = 2 * context if context > 1 else 1
     plan = plan_micro_batches(
@@ -49,6 +59,7 @@ def pack_for_this_replica(
             batch,
             indices,
             length=length,
+            weights=weights,
             sequence_multiple=sequence_multiple,
             cp_size=context,
             cp_rank=parallel_state.get_context_parallel_rank(),

@@ -39,8 +39,11 @@ def build_optimizer(
 
 
 def build_scheduler(optimizer: MegatronOptimizer, settings: OptimizerSettings) -> OptimizerParamScheduler:
-    """Warm-up and decay, counted in optimizer steps."""
+    """Warm-up and decay, counted in the optimizer steps of a phase."""
+    assert settings.train_iters is not None
     decay_steps = settings.lr_decay_iters or settings.train_iters
+    for group in optimizer.param_groups:  # a group's own bounds come before the scheduler's
+        group["max_lr"], group["min_lr"] = settings.lr, settings.min_lr
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -56,6 +59,17 @@ def build_scheduler(optimizer: MegatronOptimizer, settings: OptimizerSettings) -
         wsd_decay_steps=max(decay_steps // 10, 1),
         lr_wsd_decay_style="linear",
     )
+
+
+def reset_optimizer(optimizer: MegatronOptimizer) -> None:
+    """Forget the moments of the gradients; weights stay."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for state in part.optimizer.state.values():
+            for value in state.values():
+                value.zero_()  # the moments and torch's step
+        for group in part.optimizer.param_groups:
+            if "step" in group:  # Transformer Engine's
+                group["step"] = 0
 
 
 def _mend_distributed_optimizer_on_torch_adamw() -> None:

@@ -75,6 +75,7 @@ class RolloutWorkers:
         *,
         num_groups: int,
         skip_zero_variance: bool,
+        mask_truncated: bool,
         refill: bool,
         rollout_id: int,
     ) -> Rollout:
@@ -82,17 +83,19 @@ class RolloutWorkers:
 
         Args:
             skip_zero_variance: leave out groups whose advantages are all 0.
+            mask_truncated: leave out own samples that did not end; their rewards still count in their groups.
             refill: draw more prompts until `num_groups` groups are left.
 
         Raises:
             ValueError: round after round no group was left to train on.
         """
-        collected = Batch.from_groups([], [], [])
+        collected = Batch.from_groups([], [])
         counts = CollectCounts()
         own_groups: list[Group] = []
         drawn = most_kept = fruitless = 0
         while fruitless < _FRUITLESS_ROUNDS:
             trained = with_variance(collected) if skip_zero_variance else collected
+            trained = without_truncated(trained) if mask_truncated else trained
             kept = trained.num_groups
             if kept >= (num_groups if refill else 1):
                 return Rollout(trained, collected, counts, own_groups)
@@ -117,7 +120,7 @@ class RolloutWorkers:
         self, store: PromptStore, rows: list[int], recipe: GroupRecipe, *, first_id: int, rollout_id: int
     ) -> tuple[list[Group], Batch, CollectCounts]:
         groups: list[Group] = []
-        mine = Batch.from_groups([], [], [])
+        mine = Batch.from_groups([], [])
         counts = CollectCounts()
         if self._collector is not None:
             share = range(self._index, len(rows), self._size)
@@ -172,6 +175,11 @@ def with_variance(batch: Batch) -> Batch:
     """The groups in which some advantage is not 0."""
     informative = batch.group_ids[batch.advantages != 0].unique()
     return batch.select(torch.isin(batch.group_ids, informative).nonzero()[:, 0].tolist())
+
+
+def without_truncated(batch: Batch) -> Batch:
+    """The samples that ended."""
+    return batch.select((~batch.truncated).nonzero()[:, 0].tolist())
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:

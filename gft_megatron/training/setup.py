@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,12 @@ from gft_megatron.convert.model_shape import ModelShape
 from gft_megatron.data.order import PromptOrder
 from gft_megatron.data.prompts import PromptStoreInfo, prepare_prompts
 from gft_megatron.data.store import PromptStore
-from gft_megatron.losses import LOSSES, required_inputs
 from gft_megatron.observe.console import Console, build_console
 from gft_megatron.observe.metrics import MetricsLog, Timings
 from gft_megatron.observe.trackers import Tracker, build_trackers
+from gft_megatron.phases import Phase, phase_at, resolve_phases
 from gft_megatron.rewards import build_reward
-from gft_megatron.rollout.collect import Collector, GroupRecipe
-from gft_megatron.rollout.engine import SamplingParams
+from gft_megatron.rollout.collect import Collector
 from gft_megatron.rollout.local import LocalEngine
 from gft_megatron.training.checkpoint import find_checkpoint, load_checkpoint
 from gft_megatron.training.exchange import on_rank_zero
@@ -40,10 +40,10 @@ from gft_megatron.training.model import (
     transformer_config,
     wrap_in_ddp,
 )
-from gft_megatron.training.optimizer import build_optimizer, build_scheduler
+from gft_megatron.training.optimizer import build_optimizer, build_scheduler, reset_optimizer
 from gft_megatron.training.parallel import initialize
+from gft_megatron.training.reference import Reference
 from gft_megatron.training.rollouts import RolloutWorkers
-from gft_megatron.training.step import Objective
 from gft_megatron.training.weights import load_hf_weights
 
 
@@ -56,9 +56,11 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
+    phases: tuple[Phase, ...]
     scheduler: OptimizerParamScheduler
-    objective: Objective
-    recipe: GroupRecipe
+    """Of the phase that the run is in."""
+    reference: Reference | None
+    """None where no phase compares the model with one."""
     workers: RolloutWorkers
     train_prompts: PromptStore
     eval_prompts: PromptStore | None
@@ -72,10 +74,6 @@ class Run:
     @property
     def shape(self) -> ModelShape:
         return self.hf_folder.shape
-
-    @property
-    def required_inputs(self) -> frozenset[str]:
-        return required_inputs(self.objective.loss)
 
     def close(self) -> None:
         self.workers.close()
@@ -92,6 +90,7 @@ def build_run(config: RunConfig) -> tuple[Run, dict[str, Any] | None]:
     Raises:
         ValueError, CheckpointError: in one line, what is wrong with which flag, file or row.
     """
+    phases = resolve_phases(config)
     overrides = megatron_fields(config.model.megatron)
     hf_folder = HfFolder(config.model.hf_checkpoint)
     hf_folder.shape.check_tensor_parallel_size(config.parallel.tensor_model_parallel_size)
@@ -101,11 +100,9 @@ def build_run(config: RunConfig) -> tuple[Run, dict[str, Any] | None]:
     device = initialize(config.parallel, config.optimizer.seed)
     is_main = dist.get_rank() == 0
     run_dir = Path(config.output.run_dir)
-    console = build_console(
-        train_iters=config.optimizer.train_iters, log_every=config.output.log_interval, quiet=not is_main
-    )
+    console = build_console(train_iters=phases[-1].end, log_every=config.output.log_interval, quiet=not is_main)
     try:
-        return _build_run(config, overrides, hf_folder, tokenizer, device, console, run_dir)
+        return _build_run(config, phases, overrides, hf_folder, tokenizer, device, console, run_dir)
     except BaseException:
         console.close()
         raise
@@ -113,6 +110,7 @@ def build_run(config: RunConfig) -> tuple[Run, dict[str, Any] | None]:
 
 def _build_run(
     config: RunConfig,
+    phases: tuple[Phase, ...],
     overrides: dict[str, dict[str, Any]],
     hf_folder: HfFolder,
     tokenizer: PreTrainedTokenizerBase,
@@ -139,46 +137,48 @@ def _build_run(
     if not config.model.random_init and checkpoint is None:
         console.info(f"loading {hf_folder.path}")
         load_hf_weights(chunks, hf_folder, padded_vocab_size=vocab_size)
+    reference = None
+    if any(phase.config.needs_reference for phase in phases):
+        reference = _reference(config, hf_folder, chunks, vocab_size, console)
     wrapped = wrap_in_ddp(chunks, megatron_config, config.parallel, overrides["ddp"])
     # Read by Megatron's schedules for logging only; the number of micro-batches is given to each call.
     init_num_microbatches_calculator(dist.get_rank(), None, 1, 1, 1)
     optimizer = build_optimizer(
         wrapped, config.optimizer, config.parallel, bf16=config.model.bf16, overrides=overrides["optimizer"]
     )
-    scheduler = build_scheduler(optimizer, config.optimizer)
     order = PromptOrder(len(train_prompts), config.optimizer.seed, fingerprint=train_prompts.fingerprint)
     saved = None
     if checkpoint is not None:
         console.info(f"resuming from {checkpoint}")
-        saved, warnings = load_checkpoint(checkpoint, wrapped, optimizer, scheduler)
+        saved, warnings = load_checkpoint(checkpoint, wrapped, optimizer)
         for text in warnings:
             console.warning(text)
         order.load_state_dict(saved["order"])
 
-    recipe = _recipe(config)
     is_main = dist.get_rank() == 0
     step = saved["progress"]["iteration"] if saved else 0
+    phase = phase_at(phases, step)
+    scheduler = build_scheduler(optimizer, phase.config.optimizer)
+    if saved and saved["phase"] == phase.index:
+        scheduler.load_state_dict(saved["scheduler"])
+    elif phase.reset_optimizer:
+        reset_optimizer(optimizer)
+    draws_samples = any(phase.config.group_sizes.n_self for phase in phases)
     run = Run(
         device=device,
         hf_folder=hf_folder,
         tokenizer=tokenizer,
         chunks=wrapped,
         optimizer=optimizer,
+        phases=phases,
         scheduler=scheduler,
-        objective=Objective(
-            loss=LOSSES[config.loss.loss],
-            hyper=config.loss_hyper,
-            temperature=config.rollout.rollout_temperature,
-            vocab_size=shape.vocab_size,
-            fused_linear_loss=config.optimizer.fused_linear_loss,
-        ),
-        recipe=recipe,
+        reference=reference,
         workers=_workers(
             config,
             hf_folder,
             tokenizer,
             device,
-            draws_samples=recipe.n_self > 0 or (eval_prompts is not None and config.output.eval_interval > 0),
+            draws_samples=draws_samples or (eval_prompts is not None and config.output.eval_interval > 0),
         ),
         train_prompts=train_prompts,
         eval_prompts=eval_prompts,
@@ -263,16 +263,24 @@ def _prompts(
     return prompts
 
 
-def _recipe(config: RunConfig) -> GroupRecipe:
-    rollout = config.rollout
-    return GroupRecipe(
-        n_expert=rollout.n_expert,
-        n_teacher=rollout.n_teacher,
-        n_self=rollout.n_self,
-        sampling=SamplingParams(rollout.rollout_max_response_len, rollout.rollout_temperature, rollout.rollout_top_p),
-        needs_advantages="advantages" in required_inputs(LOSSES[config.loss.loss]),
-        advantage_normalization=rollout.advantage_normalization,
-    )
+def _reference(
+    config: RunConfig, hf_folder: HfFolder, chunks: list[torch.nn.Module], vocab_size: int, console: Console
+) -> Reference:
+    path = config.model.ref_hf_checkpoint
+    folder = hf_folder if path is None else HfFolder(path)
+    if folder.shape != hf_folder.shape:
+        differing = [
+            f"{f.name} {getattr(folder.shape, f.name)}, not {getattr(hf_folder.shape, f.name)}"
+            for f in dataclasses.fields(folder.shape)
+            if getattr(folder.shape, f.name) != getattr(hf_folder.shape, f.name)
+        ]
+        raise ValueError(
+            f"--ref-hf-checkpoint {path}: its weights change places with the model's, so it has to be of the same "
+            f"shape; it has {', '.join(differing)}"
+        )
+    folder.check_weights()
+    console.info(f"loading the reference {folder.path}")
+    return Reference(chunks, folder, padded_vocab_size=vocab_size)
 
 
 def _workers(

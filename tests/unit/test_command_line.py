@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from gft_megatron.command_line import parse_args, save_config
-from gft_megatron.config import RunConfig, loss_hyper_parameters
+from gft_megatron.config import RunConfig
+from gft_megatron.losses import loss_hyper_parameters
 
 REQUIRED = ["--hf-checkpoint", "model", "--prompt-data", "a.jsonl", "b.jsonl", "--train-iters", "3"]
 

@@ -31,7 +31,8 @@ def make_batch(sizes: list[tuple[int, int]] = SIZES) -> Batch:
             rollout_log_probs=(-0.1 * ids).astype(np.float32) if own else None,
         )
         groups.append(Group(prompt, (sample,)))
-    return Batch.from_groups(groups, [[0.5 * i] for i in range(len(sizes))], [10 + i for i in range(len(sizes))])
+    batch = Batch.from_groups(groups, [10 + i for i in range(len(sizes))])
+    return dataclasses.replace(batch, advantages=0.5 * torch.arange(len(sizes)))
 
 
 def expected_columns(indices: list[int], length: int, multiple: int) -> dict[str, list]:

@@ -1,0 +1,172 @@
+"""What a configuration must not be, before anything is read or built: one line each, with the flags' names."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from gft_megatron.losses import LOSSES, loss_hyper_parameters, natural_responses, required_inputs
+from gft_megatron.losses.trial import try_loss
+from gft_megatron.schedules import parse_schedules
+
+if TYPE_CHECKING:
+    from gft_megatron.config import RunConfig
+
+COEFFICIENTS = ("kl_coef", "entropy_coef", "mix_coef")
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_config(config: RunConfig) -> None:
+    """
+    Raises:
+        ValueError: something is out of range or contradicts something else.
+    """
+    _require_sizes(config)
+    _require_consistent_rollout(config)
+    if config.phases.phases:  # each phase has a configuration of its own, which is checked as this one
+        if config.optimizer.train_iters is not None:
+            raise ValueError("--train-iters beside --phases: the phases say how long each of them is")
+        return
+    if config.optimizer.train_iters is None:
+        raise ValueError("--train-iters is missing: the number of optimizer steps (or --phases)")
+    _require_known_loss(config)
+    _require_groups(config)
+    _require_reference(config)
+    _try_hyper_parameters(config)
+
+
+def _require_known_loss(config: RunConfig) -> None:
+    loss = config.loss
+    for flag, name in (("--loss", loss.loss), ("--mix-loss", loss.mix_loss)):
+        if name is not None and name not in LOSSES:
+            raise ValueError(f"{flag} {name}: unknown; the losses are {', '.join(LOSSES)}")
+    if loss.mix_loss is not None and natural_responses(LOSSES[loss.mix_loss]) != "recorded":
+        fit = ", ".join(name for name, function in LOSSES.items() if natural_responses(function) == "recorded")
+        raise ValueError(f"--mix-loss {loss.mix_loss}: not a loss of recorded responses; these are {fit}")
+    known = config.hyper_names
+    for name in dict.fromkeys(key for hyper in loss_hyper_parameters().values() for key in hyper):
+        if name not in known and getattr(loss, name) is not None:
+            raise ValueError(f"{flag_of(name)} has no meaning for --loss {loss.loss}")
+    for name in parse_schedules(loss.schedule):
+        if name not in known and name not in COEFFICIENTS:
+            raise ValueError(
+                f"--schedule {name}: --loss {loss.loss} has no such number; it has {', '.join((*known, *COEFFICIENTS))}"
+            )
+    for name in COEFFICIENTS:
+        if not math.isfinite(getattr(loss, name)):
+            raise ValueError(f"{flag_of(name)} is {getattr(loss, name)}; it has to be finite")
+
+
+def _require_groups(config: RunConfig) -> None:
+    sizes = config.group_sizes
+    given = f"--n-expert {sizes.n_expert} --n-teacher {sizes.n_teacher} --n-self {sizes.n_self}"
+    if sum(sizes) == 0:
+        raise ValueError("--n-expert, --n-teacher and --n-self are all 0: a group needs at least one response")
+    compares = "advantages" in required_inputs(LOSSES[config.loss.loss])
+    if compares and sum(sizes) == 1 and config.rollout.advantage_normalization != "none":
+        raise ValueError(
+            f"--loss {config.loss.loss} compares the responses of a group, and {given} leave one in each: "
+            f"add --n-self 4, or --advantage-normalization none for the bare reward"
+        )
+    if natural_responses(LOSSES[config.loss.loss]) == "own" and sizes.n_self == 0:
+        raise ValueError(f"--loss {config.loss.loss} learns from own samples, and {given} draw none: add --n-self 8")
+    if config.loss.mix_loss is not None and sizes.n_expert + sizes.n_teacher == 0:
+        raise ValueError(f"--mix-loss {config.loss.mix_loss} learns from recorded responses: add --n-expert 1")
+    if config.changes("kl_coef") and config.loss.kl_in == "reward" and not (compares and sizes.n_self):
+        raise ValueError(f"--kl-in reward: --loss {config.loss.loss} on {given} reads no rewards of own samples")
+
+
+def _require_reference(config: RunConfig) -> None:
+    if config.needs_reference and config.model.random_init and config.model.ref_hf_checkpoint is None:
+        raise ValueError(
+            f"--loss {config.loss.loss} with these settings compares the model with a reference, and --random-init has "
+            f"none: add --ref-hf-checkpoint DIR"
+        )
+    if "ref_kl" in required_inputs(LOSSES[config.loss.loss]) and config.optimizer.fused_linear_loss:
+        raise ValueError(f"--loss {config.loss.loss} reads logits, which --fused-linear-loss never holds")
+
+
+def _try_hyper_parameters(config: RunConfig) -> None:
+    """The range of a hyper-parameter is known to its loss only."""
+    steps = config.train_iters
+    tries: list[dict[str, Any]] = [config.hyper_at(0), config.hyper_at(steps // 2), config.hyper_at(steps - 1)]
+    for hyper in tries:
+        try:
+            try_loss(config.loss_function, hyper)
+        except ValueError as error:
+            raise ValueError(f"--loss {config.loss.loss}: {error}") from None
+
+
+def _require_sizes(config: RunConfig) -> None:
+    at_least_one = {
+        config.parallel: ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+        config.data: ("seq_length",),
+        config.rollout: ("rollout_batch_size", "rollout_max_response_len", "max_concurrent_samples"),
+        config.optimizer: ("num_steps_per_rollout", "num_epochs_per_rollout"),
+        config.output: ("keep_last", "n_samples_per_eval_prompt", "log_interval"),
+    }
+    for section, names in at_least_one.items():
+        for name in names:
+            if getattr(section, name) < 1:
+                raise ValueError(f"{flag_of(name)} is {getattr(section, name)}; it has to be at least 1")
+    for section, name in (
+        (config.rollout, "n_expert"),
+        (config.rollout, "n_teacher"),
+        (config.rollout, "n_self"),
+        (config.rollout, "overlong_buffer_len"),
+    ):
+        value = getattr(section, name)
+        if value is not None and value < 0:
+            raise ValueError(f"{flag_of(name)} is {value}; it cannot be negative")
+    for section, name in (
+        (config.model, "make_vocab_size_divisible_by"),
+        (config.optimizer, "max_tokens_per_gpu"),
+        (config.optimizer, "micro_batch_size"),
+        (config.optimizer, "train_iters"),
+    ):
+        value = getattr(section, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{flag_of(name)} is {value}; it has to be at least 1")
+    if not 0 < config.rollout.rollout_temperature < math.inf:
+        raise ValueError(f"--rollout-temperature is {config.rollout.rollout_temperature}; it has to be positive")
+    if not 0 < config.rollout.rollout_top_p <= 1:
+        raise ValueError(f"--rollout-top-p is {config.rollout.rollout_top_p}; it has to be above 0 and at most 1")
+    if not 0 < config.optimizer.lr < math.inf:
+        raise ValueError(f"--lr is {config.optimizer.lr}; it has to be positive")
+    virtual = config.parallel.virtual_pipeline_model_parallel_size
+    if virtual is not None and (virtual < 2 or config.parallel.pipeline_model_parallel_size < 2):
+        raise ValueError(
+            f"--virtual-pipeline-model-parallel-size {virtual} needs at least 2 chunks and "
+            f"--pipeline-model-parallel-size of at least 2"
+        )
+    if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
+        raise ValueError("--sequence-parallel needs --tensor-model-parallel-size of at least 2")
+    if config.parallel.overlap_param_gather and not config.parallel.use_distributed_optimizer:
+        raise ValueError("--overlap-param-gather needs --use-distributed-optimizer")
+
+
+def _require_consistent_rollout(config: RunConfig) -> None:
+    rollout = config.rollout
+    if config.max_prompt_length < 1:
+        raise ValueError(
+            f"--seq-length {config.data.seq_length} leaves no room for a prompt beside "
+            f"--rollout-max-response-len {rollout.rollout_max_response_len}"
+        )
+    if config.max_prompt_length + rollout.rollout_max_response_len > config.data.seq_length:
+        raise ValueError(
+            f"--max-prompt-length {config.max_prompt_length} + --rollout-max-response-len "
+            f"{rollout.rollout_max_response_len} exceed --seq-length {config.data.seq_length}"
+        )
+    if config.max_tokens_per_micro_batch < config.data.seq_length:
+        raise ValueError(
+            f"--max-tokens-per-gpu {config.optimizer.max_tokens_per_gpu} is less than --seq-length "
+            f"{config.data.seq_length}: the longest sequence would not fit into a micro-batch"
+        )
+    if rollout.rollout_batch_size < config.optimizer.num_steps_per_rollout:
+        raise ValueError(
+            f"--rollout-batch-size {rollout.rollout_batch_size} groups cannot be divided over "
+            f"--num-steps-per-rollout {config.optimizer.num_steps_per_rollout} steps"
+        )
