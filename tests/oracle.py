@@ -83,3 +83,27 @@ def assert_promised_grad(
     wrong = ~((grad.double() - expected).abs() <= allowed) & live[:, None]  # NaN is not within anything
     assert not wrong.any(), f"{int(wrong.sum())} elements, the first at {wrong.nonzero()[0].tolist()}"
     assert not grad[~live].any() and not grad[:, vocab:].any()
+
+
+def dense_kl(
+    logits: Tensor,  # [n, v]
+    ref_logits: Tensor,  # [n, v]
+    grad_kl: Tensor,  # [n]
+    *,
+    labels: Tensor | None = None,  # [n], -100: ignored
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> tuple[Tensor, Tensor]:  # [n] fp64, [n, v] fp64
+    """KL(reference || policy) in float64, and the gradient of sum(grad_kl * KL) by autograd, as in dense_answer."""
+    live = torch.ones(len(logits), dtype=torch.bool) if labels is None else labels != -100
+    x = logits[live, :vocab_size].double().requires_grad_()
+    log_p = (x / temperature).log_softmax(-1)
+    log_q = (ref_logits[live, :vocab_size].double() / temperature).log_softmax(-1)
+    q = log_q.exp()
+    value = torch.where(q == 0, 0.0, q * (log_q - log_p)).sum(-1)
+    value.backward(grad_kl[live].double())
+    kl = torch.zeros(len(logits), dtype=torch.float64)
+    kl[live] = value.detach()
+    grad = torch.zeros(logits.shape, dtype=torch.float64)
+    grad[live.nonzero(), torch.arange(x.shape[-1])] = x.grad
+    return kl, grad

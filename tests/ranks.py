@@ -13,6 +13,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+COLLECTIVES = [
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "all_to_all_single",
+    "barrier",
+    "broadcast",
+    "reduce",
+    "reduce_scatter_tensor",
+    "send",
+]
+
 
 def _run_rank(rank: int, fn: Callable[..., None], world_size: int, rendezvous: str, timeout_sec: float, args) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -49,3 +62,21 @@ def run_on_ranks(fn: Callable[..., None], world_size: int, *args: object, timeou
                 if process.is_alive():
                     process.kill()
                 process.join()
+
+
+def count_collectives() -> list[str]:
+    """The names of the collectives that are called from now on."""
+    calls: list[str] = []
+
+    def counted(name: str):
+        original = getattr(dist, name)
+
+        def call(*args, **kwargs):
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in COLLECTIVES:
+        setattr(dist, name, counted(name))
+    return calls

@@ -1,5 +1,6 @@
 """The compiled operators and what is differentiable on top of them. Only this room touches torch.ops.gft_megatron."""
 
+from gft_megatron.ops.kl import vocab_parallel_kl
 from gft_megatron.ops.library import balanced_partition, build_info
 from gft_megatron.ops.linear_log_probs import linear_log_probs
 from gft_megatron.ops.linear_loss import linear_loss
@@ -15,5 +16,6 @@ __all__ = [
     "rectified_cross_entropy",
     "segment_means",
     "segment_sums",
+    "vocab_parallel_kl",
     "vocab_parallel_log_probs",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def start_gather(stats: Tensor, tp_group: dist.ProcessGroup | None) -> Callable[[], Tensor]:
-    """Begin to gather the statistics [n, 4] of all shards: 16 bytes a token. What is returned waits: [p, n, 4].
+    """Begin to gather the statistics [n, k] of all shards, a few numbers a token. What is returned waits: [p, n, k].
 
     Args:
         tp_group: None where this is the only shard.
@@ -17,11 +17,11 @@ def start_gather(stats: Tensor, tp_group: dist.ProcessGroup | None) -> Callable[
     if tp_group is None or len(stats) == 0:
         return lambda: stats[None]
     size = dist.get_world_size(tp_group)
-    gathered = stats.new_empty((size * len(stats), 4))
+    gathered = stats.new_empty((size * len(stats), stats.shape[1]))
     work = dist.all_gather_into_tensor(gathered, stats, group=tp_group, async_op=True)
 
     def arrived() -> Tensor:
         work.wait()
-        return gathered.view(size, -1, 4)
+        return gathered.view(size, *stats.shape)
 
     return arrived

@@ -16,6 +16,15 @@ def _scaled(logits: Tensor, valid_vocab: int, inv_temperature: float) -> Tensor:
     return logits[:, :valid_vocab].double() * inv_temperature
 
 
+def _below_max(logits: Tensor, valid_vocab: int, inv_temperature: float) -> tuple[Tensor, Tensor]:
+    """The maximum of each row [n] fp32, and its elements relative to that [n, valid] fp64."""
+    x = _scaled(logits, valid_vocab, inv_temperature)
+    if valid_vocab == 0:
+        return x.new_full((len(x),), float("-inf"), dtype=torch.float32), x
+    maximum = x.amax(-1).float()
+    return maximum, x - torch.where(maximum.isneginf(), 0.0, maximum).double()[:, None]
+
+
 def _label_columns(labels: Tensor, vocab_start: int, valid_vocab: int) -> tuple[Tensor, Tensor]:
     """Rows whose label lies in this shard, and the columns there; int64, of equal length."""
     columns = labels - vocab_start
@@ -27,10 +36,7 @@ def row_stats(
     logits: Tensor, labels: Tensor, vocab_start: int, valid_vocab: int, inv_temperature: float, want_entropy: bool
 ) -> Tensor:
     """[n, v/p] -> [n, 4] fp32: max, sum exp, sum exp * (x - max), label - max."""
-    x = _scaled(logits, valid_vocab, inv_temperature)
-    n = logits.shape[0]
-    maximum = x.amax(-1).float() if valid_vocab else x.new_full((n,), float("-inf"), dtype=torch.float32)
-    delta = x - torch.where(maximum.isneginf(), 0.0, maximum).double()[:, None]
+    maximum, delta = _below_max(logits, valid_vocab, inv_temperature)
     e = delta.exp()
     weighted = torch.where(e > 0, e * delta, e).sum(-1) if want_entropy else torch.full_like(maximum, float("nan"))
     label = torch.full_like(maximum, NOT_OWNED)
@@ -116,6 +122,51 @@ def rectified_sweep_(
     upstream = -weight * torch.where(prob < tau, prob, 1.0).float()
     row_grad_(logits, grad, labels, *place, maximum, log_sum, entropy, upstream, None)
     return log_prob
+
+
+def _kl_block(logits: Tensor) -> int:
+    """Rows at a time, so that a temporary has 32 MiB: the KL is what CUDA runs, too."""
+    return max(1, 2**22 // logits.shape[1])
+
+
+def kl_stats(logits: Tensor, ref_logits: Tensor, labels: Tensor, valid_vocab: int, inv_temperature: float) -> Tensor:
+    """[n, v/p] twice -> [n, 5] fp64: max, sum exp, reference's max, its sum exp, sum of its exp * difference."""
+    stats = logits.new_empty((len(logits), 5), dtype=torch.float64)
+    rows = _kl_block(logits)
+    for part, ref_part, out in zip(logits.split(rows), ref_logits.split(rows), stats.split(rows), strict=True):
+        maximum, delta = _below_max(part, valid_vocab, inv_temperature)
+        ref_maximum, ref_delta = _below_max(ref_part, valid_vocab, inv_temperature)
+        e, ref_e = delta.exp(), ref_delta.exp()
+        weighted = torch.where(ref_e == 0, 0.0, ref_e * (ref_delta - delta))
+        columns = (maximum.double(), e.sum(-1), ref_maximum.double(), ref_e.sum(-1), weighted.sum(-1))
+        out.copy_(torch.stack(columns, dim=-1))
+    return torch.where((labels < 0)[:, None], stats.new_tensor([0.0, 1.0, 0.0, 1.0, 0.0]), stats)
+
+
+def kl_grad_(
+    logits: Tensor,
+    ref_logits: Tensor,
+    grad: Tensor,
+    labels: Tensor,
+    valid_vocab: int,
+    inv_temperature: float,
+    max: Tensor,
+    log_sum: Tensor,
+    ref_max: Tensor,
+    ref_log_sum: Tensor,
+    grad_kl: Tensor,
+) -> None:
+    """Write (p - q) * grad_kl * inv_temperature [n, v/p] into `grad`."""
+    dead = ((labels < 0) | (grad_kl == 0))[:, None]
+    factor = (grad_kl.double() * inv_temperature)[:, None]
+    rows = _kl_block(logits)
+    shifts = (vector.double()[:, None].split(rows) for vector in (max, log_sum, ref_max, ref_log_sum))
+    matrices = (matrix.split(rows) for matrix in (logits, ref_logits, grad, dead, factor))
+    for part, ref_part, out, off, scale, m, s, ref_m, ref_s in zip(*matrices, *shifts, strict=True):
+        probs = (_scaled(part, valid_vocab, inv_temperature) - m - s).exp()
+        ref_probs = (_scaled(ref_part, valid_vocab, inv_temperature) - ref_m - ref_s).exp()
+        out[:, :valid_vocab].copy_(torch.where(off, 0.0, (probs - ref_probs) * scale))
+        out[:, valid_vocab:].zero_()
 
 
 def segment_sums(values: Tensor, mask: Tensor | None, segment_ids: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:

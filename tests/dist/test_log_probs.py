@@ -4,24 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import assert_grad_close, dense_answer
-from ranks import run_on_ranks
+from ranks import count_collectives, run_on_ranks
 from torch import Tensor
 
 from gft_megatron import vocab_parallel_log_probs
 
 TEMPERATURE = 0.7
-COLLECTIVES = [
-    "all_gather",
-    "all_gather_into_tensor",
-    "all_gather_object",
-    "all_reduce",
-    "all_to_all_single",
-    "barrier",
-    "broadcast",
-    "reduce",
-    "reduce_scatter_tensor",
-    "send",
-]
 
 
 def make_case(world_size: int, width: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -37,24 +25,6 @@ def make_case(world_size: int, width: int, vocab: int, dtype: torch.dtype) -> tu
     logits[8, : vocab // 2] = float("-inf")  # the first of two shards has nothing to say
     labels[8] = vocab - 1
     return logits, labels
-
-
-def count_collectives() -> list[str]:
-    """The names of the collectives that are called from now on."""
-    calls: list[str] = []
-
-    def counted(name: str):
-        original = getattr(dist, name)
-
-        def call(*args, **kwargs):
-            calls.append(name)
-            return original(*args, **kwargs)
-
-        return call
-
-    for name in COLLECTIVES:
-        setattr(dist, name, counted(name))
-    return calls
 
 
 def check_case(

@@ -43,6 +43,8 @@ def op_arguments(name: str, n: int) -> tuple:
     stats = reference.row_stats(logits, labels, *place, True)[None]
     _, entropy, maximum, log_sum = reference.combine_stats(stats)
     leaf = logits.clone().requires_grad_()
+    pair = (logits.flip(1), labels, *place[1:])
+    shifts = (maximum, log_sum, logits.flip(1)[:, :90].amax(-1) / TEMPERATURE, log_sum)
     return {
         "row_stats": (logits, labels, *place, True),
         "merge_stats": (stats,),
@@ -53,6 +55,8 @@ def op_arguments(name: str, n: int) -> tuple:
         "group_advantages": (vectors[0].double(), torch.arange(n) // 3, True, 1, 1e-6),
         "log_probs": (leaf, labels, *place, True, "", False),
         "log_probs_grad": (logits, labels, *place, maximum, log_sum, entropy, *vectors[:2]),
+        "kl": (leaf, *pair, ""),
+        "kl_grad": (logits, *pair, *shifts, vectors[0]),
         "rectified": (leaf, labels, *place[1:], vectors[0].abs(), vectors[1].abs(), 1.0),  # opcheck backs |loss|
     }[name]
 
@@ -66,7 +70,7 @@ COMPILED = [
     "segment_sums",
     "group_advantages",
 ]
-COMPOSED = ["log_probs", "log_probs_grad", "rectified"]
+COMPOSED = ["kl", "kl_grad", "log_probs", "log_probs_grad", "rectified"]
 
 
 @pytest.mark.parametrize("n", [0, 1, 7])
