@@ -25,6 +25,7 @@ from gft_megatron.losses import (
 )
 from gft_megatron.losses.reduce import Reduction
 from gft_megatron.losses.terms import KlEstimator, with_terms
+from gft_megatron.rollout.engine import SamplingParams
 from gft_megatron.schedules import Schedule, parse_schedules
 
 
@@ -290,10 +291,14 @@ class RunConfig:
         return {key: value for key in self.hyper_names if (value := getattr(self.loss, key)) is not None}
 
     def hyper_at(self, step: int) -> dict[str, Any]:
-        """What `loss_function` is called with in step `step`, counted from 0."""
-        changing = {name: schedule.at(step, self.train_iters) for name, schedule in self.schedules.items()}
-        set_ = {**self.loss_hyper, **{name: getattr(self.loss, name) for name in self.terms}, **changing}
-        return {name: value for name, value in set_.items() if name in (*self.hyper_names, *self.terms)}
+        """What `loss_function` is called with in step `step`, counted from 0; what is absent has its default."""
+        names = [*self.loss_hyper, *self.terms, *(name for name in self.schedules if name in self.hyper_names)]
+        return {name: self.value_at(name, step) for name in dict.fromkeys(names)}
+
+    def value_at(self, name: str, step: int) -> Any:
+        """A hyper-parameter or coefficient in step `step`, counted from 0."""
+        schedule = self.schedules.get(name)
+        return getattr(self.loss, name) if schedule is None else schedule.at(step, self.train_iters)
 
     @property
     def terms(self) -> list[str]:
@@ -302,7 +307,7 @@ class RunConfig:
         can_be = {"kl_coef": has_kl, "entropy_coef": True, "mix_coef": mixes}
         return [name for name, may in can_be.items() if may and self.changes(name)]
 
-    @property
+    @functools.cached_property
     def loss_function(self) -> LossFn:
         """--loss, with what is added to it."""
         loss = LOSSES[self.loss.loss]
@@ -311,7 +316,7 @@ class RunConfig:
         mix = LOSSES[self.loss.mix_loss] if "mix_coef" in self.terms else None
         return with_terms(loss, terms=self.terms, kl_estimator=self.loss.kl_estimator, mix=mix)
 
-    @property
+    @functools.cached_property
     def schedules(self) -> dict[str, Schedule]:
         """--schedule, and the loss's own schedules of what was not set."""
         own = [f"{name}={text}" for name, text in default_schedules(LOSSES[self.loss.loss]).items()]
@@ -331,6 +336,12 @@ class RunConfig:
     def train_iters(self) -> int:
         assert self.optimizer.train_iters is not None  # with --phases: of a phase's own configuration
         return self.optimizer.train_iters
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How own samples are drawn."""
+        rollout = self.rollout
+        return SamplingParams(rollout.rollout_max_response_len, rollout.rollout_temperature, rollout.rollout_top_p)
 
     @property
     def max_prompt_length(self) -> int:

@@ -16,14 +16,18 @@ import torch.distributed as dist
 
 from gft_megatron.config import RunConfig
 from gft_megatron.groups import Batch, Source
+from gft_megatron.losses import required_inputs
 from gft_megatron.observe.console import SampleRow
 from gft_megatron.observe.report import write_curves
+from gft_megatron.phases import Phase, phase_at
+from gft_megatron.rollout.collect import GroupRecipe
 from gft_megatron.training.checkpoint import layout, save_checkpoint
 from gft_megatron.training.exchange import max_over_ranks
-from gft_megatron.training.micro_batches import pack_for_this_replica, split_over_steps
-from gft_megatron.training.rollouts import Rollout, rollout_metrics
+from gft_megatron.training.optimizer import build_scheduler, reset_optimizer
+from gft_megatron.training.prepare import prepare_steps, with_kl_in_rewards
+from gft_megatron.training.rollouts import Rollout, rollout_metrics, trained_part
 from gft_megatron.training.setup import Run, build_run
-from gft_megatron.training.step import StepResult, forward_log_probs, train_step
+from gft_megatron.training.step import Objective, StepResult, train_step
 from gft_megatron.training.weights import export_hf_folder, export_hf_tensors
 
 _SAMPLES_SHOWN = 2
@@ -53,38 +57,98 @@ def train(config: RunConfig) -> dict[str, Any]:
 def _train(config: RunConfig, run: Run, saved: dict[str, Any] | None) -> dict[str, Any]:
     progress = Progress(**saved["progress"]) if saved else Progress()
     evaluations: dict[str, dict[str, float]] = saved["evaluations"] if saved else {}
+    phase = phase_at(run.phases, progress.iteration)
     if not saved:
-        _evaluate(config, run, progress, evaluations)
-    while progress.iteration < config.optimizer.train_iters:
+        _evaluate(config, run, phase, progress, evaluations)
+    while progress.iteration < run.phases[-1].end:
+        if progress.iteration == phase.end:
+            phase = _enter(run, run.phases[phase.index + 1])
         before = progress.iteration
-        rollout = _collect(config, run, progress)
-        _update(config, run, progress, rollout)
+        rollout = _collect(phase, run, progress)
+        _update(phase, run, progress, rollout)
         progress.rollout_id += 1
-        at_end = progress.iteration == config.optimizer.train_iters
+        at_end = progress.iteration == run.phases[-1].end
         if _is_due(before, progress.iteration, config.output.eval_interval, at_end):
-            _evaluate(config, run, progress, evaluations)
+            _evaluate(config, run, phase, progress, evaluations)
             _show_samples(run, progress, rollout)
         if _is_due(before, progress.iteration, config.output.save_interval, at_end):
-            _save(config, run, progress, evaluations)
+            _save(config, run, phase, progress, evaluations)
     return _finish(config, run, progress, evaluations)
 
 
-def _collect(config: RunConfig, run: Run, progress: Progress) -> Rollout:
-    if run.recipe.n_self:
+def _enter(run: Run, phase: Phase) -> Phase:
+    """What a resumed run does too when its checkpoint is of the end of the phase before (setup.py)."""
+    run.console.info(f"phase {phase.index + 1} of {len(run.phases)}: {phase.name}, steps {phase.start + 1}-{phase.end}")
+    run.scheduler = build_scheduler(run.optimizer, phase.config.optimizer)
+    run.batch_sums = None
+    if phase.reset_optimizer:
+        reset_optimizer(run.optimizer)
+    return phase
+
+
+def _collect(phase: Phase, run: Run, progress: Progress) -> Rollout:
+    config, recipe = phase.config, _recipe(phase.config)
+    if recipe.n_self:
         _update_weights(run, progress)
     with run.timings.measure("rollout"):
         rollout = run.workers.collect(
             run.train_prompts,
             run.order,
-            run.recipe,
+            recipe,
             num_groups=config.rollout.rollout_batch_size,
-            skip_zero_variance=config.rollout.skip_zero_variance and run.recipe.needs_advantages,
+            **_left_out(config, recipe),
             refill=config.rollout.refill_groups,
             rollout_id=progress.rollout_id,
         )
     run.timings.add("generate", rollout.counts.generate_sec)
     run.timings.add("reward", rollout.counts.reward_sec)
-    return rollout
+    if config.loss.kl_in == "loss" or not config.changes("kl_coef"):
+        return rollout
+    assert run.reference is not None
+    step = progress.iteration - phase.start
+    with run.timings.measure("ref_log_probs"):
+        shaped = with_kl_in_rewards(
+            rollout.collected,
+            config,
+            recipe,
+            run.chunks,
+            _objective(phase, run, step),
+            run.reference,
+            coefficient=config.value_at("kl_coef", step),
+        )
+    return dataclasses.replace(rollout, trained=trained_part(shaped, **_left_out(config, recipe)), collected=shaped)
+
+
+def _left_out(config: RunConfig, recipe: GroupRecipe) -> dict[str, bool]:
+    return {
+        "skip_zero_variance": config.rollout.skip_zero_variance and recipe.needs_advantages,
+        "mask_truncated": config.rollout.mask_truncated,
+    }
+
+
+def _recipe(config: RunConfig) -> GroupRecipe:
+    rollout = config.rollout
+    return GroupRecipe(
+        **config.group_sizes._asdict(),
+        sampling=config.sampling,
+        needs_advantages="advantages" in required_inputs(config.loss_function),
+        advantage_normalization=rollout.advantage_normalization,
+        advantage_ddof=rollout.advantage_ddof,
+        compare_own_source=rollout.advantage_scope == "source",
+        overlong_buffer_len=rollout.overlong_buffer_len,
+    )
+
+
+def _objective(phase: Phase, run: Run, step: int) -> Objective:
+    """What step `step` of the phase, counted from 0, minimises."""
+    config = phase.config
+    return Objective(
+        loss=config.loss_function,
+        hyper=config.hyper_at(step),
+        temperature=config.rollout.rollout_temperature,
+        vocab_size=run.shape.vocab_size,
+        fused_linear_loss=config.optimizer.fused_linear_loss,
+    )
 
 
 def _update_weights(run: Run, progress: Progress) -> None:
@@ -92,34 +156,26 @@ def _update_weights(run: Run, progress: Progress) -> None:
         run.workers.update_weights(export_hf_tensors(run.chunks, run.shape), version=progress.iteration)
 
 
-def _update(config: RunConfig, run: Run, progress: Progress, rollout: Rollout) -> None:
+def _update(phase: Phase, run: Run, progress: Progress, rollout: Rollout) -> None:
     """The optimizer steps of one rollout."""
-    mini_batches = list(split_over_steps(rollout.trained, config.optimizer))
-    packed = [
-        pack_for_this_replica(
-            mini_batch,
-            config.parallel,
-            max_tokens=config.max_tokens_per_micro_batch,
-            max_sequences=config.optimizer.micro_batch_size,
-        )
-        for mini_batch in mini_batches
-    ]
-    old: list[list[torch.Tensor] | None] = [None] * len(packed)
-    # With one step a rollout, the policy that is updated is the one that drew the samples: their ratio is 1.
-    if len(packed) > 1 and "old_log_probs" in run.required_inputs:
-        with run.timings.measure("old_log_probs"):
-            old = [forward_log_probs(run.chunks, micro_batches, run.objective) for micro_batches in packed]
+    config = phase.config
+    first = _objective(phase, run, progress.iteration - phase.start)
+    steps = prepare_steps(rollout.trained, config, run.chunks, first, run.reference, run.timings)
     metrics = rollout_metrics(rollout)
-    for mini_batch, micro_batches, old_log_probs in zip(mini_batches, packed, old, strict=True):
-        result = train_step(
-            run.chunks, run.optimizer, run.scheduler, micro_batches, run.objective, old_log_probs=old_log_probs
-        )
+    for prepared in steps:
+        objective = _objective(phase, run, progress.iteration - phase.start)
+        result = train_step(run.chunks, run.optimizer, run.scheduler, prepared.inputs, objective, batch=run.batch_sums)
+        if config.loss.batch_statistics == "previous-step":
+            run.batch_sums = result.figures.sums
         progress.iteration += 1
-        progress.samples_seen += mini_batch.num_samples
-        progress.tokens_seen += result.num_tokens
-        _log_step(run, progress, metrics, mini_batch, len(micro_batches), result)
+        progress.samples_seen += prepared.mini_batch.num_samples
+        progress.tokens_seen += result.figures.num_tokens
+        metrics |= {
+            f"train/{name}": float(objective.hyper[name]) for name in config.schedules if name in objective.hyper
+        }
+        _log_step(run, progress, metrics, prepared.mini_batch, len(prepared.inputs), result)
         metrics = {}  # a rollout's own figures belong to its first step
-        if progress.iteration == config.optimizer.train_iters:
+        if progress.iteration == phase.end:
             return
 
 
@@ -138,9 +194,9 @@ def _log_step(
     training_sec = times["time/step_sec"] - times.get("time/evaluate_sec", 0.0) - times.get("time/save_sec", 0.0)
     (peak_memory,) = max_over_ranks([_peak_memory_gib()])
     figures = {
-        **{f"train/{name}": value for name, value in result.metrics.items()},
+        **{f"train/{name}": value for name, value in result.figures.metrics.items()},
         "train/lr": result.lr,
-        "train/num_tokens": float(result.num_tokens),
+        "train/num_tokens": float(result.figures.num_tokens),
         "train/num_micro_batches": float(num_micro_batches),
         "train/tokens_per_sec": float(mini_batch.lengths.sum()) / training_sec,
         "memory/peak_gib": peak_memory,
@@ -158,7 +214,9 @@ def _report(run: Run, step: int, figures: dict[str, float]) -> None:
     run.console.step(step, figures)
 
 
-def _evaluate(config: RunConfig, run: Run, progress: Progress, evaluations: dict[str, dict[str, float]]) -> None:
+def _evaluate(
+    config: RunConfig, run: Run, phase: Phase, progress: Progress, evaluations: dict[str, dict[str, float]]
+) -> None:
     if run.eval_prompts is None or not config.output.eval_interval:
         return
     _update_weights(run, progress)
@@ -166,7 +224,7 @@ def _evaluate(config: RunConfig, run: Run, progress: Progress, evaluations: dict
     with run.timings.measure("evaluate"), run.console.stage(title):
         figures = run.workers.evaluate(
             run.eval_prompts,
-            run.recipe.sampling,
+            phase.config.sampling,
             num_samples=config.output.n_samples_per_eval_prompt,
             name=f"eval/{progress.iteration}",
         )
@@ -186,9 +244,14 @@ def _show_samples(run: Run, progress: Progress, rollout: Rollout) -> None:
     )
 
 
-def _save(config: RunConfig, run: Run, progress: Progress, evaluations: dict[str, dict[str, float]]) -> None:
+def _save(
+    config: RunConfig, run: Run, phase: Phase, progress: Progress, evaluations: dict[str, dict[str, float]]
+) -> None:
+    sums = run.batch_sums
     run_state = {
         "progress": dataclasses.asdict(progress),
+        "phase": phase.index,
+        "batch_sums": None if sums is None else {name: value.tolist() for name, value in sums.items()},
         "order": run.order.state_dict(),
         "evaluations": evaluations,
         "layout": layout(),

@@ -1,4 +1,4 @@
-"""From a rollout to the inputs of its optimizer steps: packed micro-batches and what forward-only passes say of them."""
+"""From a rollout to the inputs of its optimizer steps: packed micro-batches, and what forward-only passes say."""
 
 from __future__ import annotations
 
@@ -86,6 +86,7 @@ def with_kl_in_rewards(
     chunks: Chunks,
     objective: Objective,
     reference: Reference,
+    *,
     coefficient: float,
 ) -> Batch:
     """Advantages of rewards from which each own sample's divergence from the reference was taken, summed over tokens.

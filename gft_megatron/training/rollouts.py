@@ -94,8 +94,7 @@ class RolloutWorkers:
         own_groups: list[Group] = []
         drawn = most_kept = fruitless = 0
         while fruitless < _FRUITLESS_ROUNDS:
-            trained = with_variance(collected) if skip_zero_variance else collected
-            trained = without_truncated(trained) if mask_truncated else trained
+            trained = trained_part(collected, skip_zero_variance=skip_zero_variance, mask_truncated=mask_truncated)
             kept = trained.num_groups
             if kept >= (num_groups if refill else 1):
                 return Rollout(trained, collected, counts, own_groups)
@@ -169,6 +168,12 @@ class RolloutWorkers:
         if self._collector is not None:
             self._loop.run_until_complete(self._collector.reward.close())
         self._loop.close()
+
+
+def trained_part(batch: Batch, *, skip_zero_variance: bool, mask_truncated: bool) -> Batch:
+    """The samples that are trained on; see `RolloutWorkers.collect`."""
+    batch = with_variance(batch) if skip_zero_variance else batch
+    return without_truncated(batch) if mask_truncated else batch
 
 
 def with_variance(batch: Batch) -> Batch:

@@ -61,6 +61,8 @@ class Run:
     """Of the phase that the run is in."""
     reference: Reference | None
     """None where no phase compares the model with one."""
+    batch_sums: dict[str, torch.Tensor] | None
+    """What the step before told of its batch, if the loss is to read that (--batch-statistics previous-step)."""
     workers: RolloutWorkers
     train_prompts: PromptStore
     eval_prompts: PromptStore | None
@@ -173,6 +175,7 @@ def _build_run(
         phases=phases,
         scheduler=scheduler,
         reference=reference,
+        batch_sums=_saved_sums(saved, phase, device),
         workers=_workers(
             config,
             hf_folder,
@@ -189,6 +192,14 @@ def _build_run(
         trackers=build_trackers(config.output.trackers, run_dir, resume_step=step) if is_main else [],
     )
     return run, saved
+
+
+def _saved_sums(saved: dict[str, Any] | None, phase: Phase, device: torch.device) -> dict[str, torch.Tensor] | None:
+    if not saved or saved["phase"] != phase.index or saved["batch_sums"] is None:
+        return None
+    return {
+        name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in saved["batch_sums"].items()
+    }
 
 
 def _find_start(config: RunConfig, run_dir: Path) -> tuple[Path | None, str | None]:

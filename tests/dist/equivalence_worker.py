@@ -82,14 +82,15 @@ def run_layout(name: str, folder: HfFolder, *, loss: str) -> dict:
     objective = steps.Objective(
         loss=LOSSES[loss], hyper=HYPER[loss], vocab_size=folder.shape.vocab_size, fused_linear_loss=fused
     )
-    micro_batches = pack_for_this_replica(ragged_groups(), parallel, max_tokens=160)
+    inputs = list(map(steps.StepInput, pack_for_this_replica(ragged_groups(), parallel, max_tokens=160)))
 
-    metrics, num_tokens = steps.forward_backward(wrapped, optimizer, micro_batches, objective)
-    result = {"metrics": metrics, "num_tokens": num_tokens, "gradients": whole_gradients(wrapped, folder)}
+    figures = steps.forward_backward(wrapped, optimizer, inputs, objective)
+    result = {"metrics": figures.metrics, "num_tokens": figures.num_tokens}
+    result["gradients"] = whole_gradients(wrapped, folder)
     optimizer.step()
     scheduler.step(increment=1)
     result["later"] = [
-        steps.train_step(wrapped, optimizer, scheduler, micro_batches, objective).metrics for _ in range(3)
+        steps.train_step(wrapped, optimizer, scheduler, inputs, objective).figures.metrics for _ in range(3)
     ]
     result["weights"] = {name: tensor.clone() for name, tensor in export_hf_tensors(wrapped, folder.shape)}
     dist.barrier()

@@ -1,7 +1,6 @@
 """Packed tensors against a loop over tokens; the split over context-parallel ranks against Megatron's rotary code."""
 
-from __future__ import annotations
-
+import dataclasses
 import itertools
 
 import numpy as np
