@@ -7,6 +7,7 @@ hyper-parameters of the losses are not written here: they are read from the sign
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple

@@ -170,9 +170,8 @@ def _update(phase: Phase, run: Run, progress: Progress, rollout: Rollout) -> Non
         progress.iteration += 1
         progress.samples_seen += prepared.mini_batch.num_samples
         progress.tokens_seen += result.figures.num_tokens
-        metrics |= {
-            f"train/{name}": float(objective.hyper[name]) for name in config.schedules if name in objective.hyper
-        }
+        changing = {name: value for name, value in objective.hyper.items() if name in config.schedules}
+        metrics |= {f"train/{name}": value for name, value in changing.items()}
         _log_step(run, progress, metrics, prepared.mini_batch, len(prepared.inputs), result)
         metrics = {}  # a rollout's own figures belong to its first step
         if progress.iteration == phase.end:

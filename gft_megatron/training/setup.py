@@ -197,9 +197,8 @@ def _build_run(
 def _saved_sums(saved: dict[str, Any] | None, phase: Phase, device: torch.device) -> dict[str, torch.Tensor] | None:
     if not saved or saved["phase"] != phase.index or saved["batch_sums"] is None:
         return None
-    return {
-        name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in saved["batch_sums"].items()
-    }
+    sums = saved["batch_sums"].items()
+    return {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in sums}
 
 
 def _find_start(config: RunConfig, run_dir: Path) -> tuple[Path | None, str | None]:
