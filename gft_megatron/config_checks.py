@@ -6,13 +6,12 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from gft_megatron.losses import LOSSES, loss_hyper_parameters, natural_responses, required_inputs
+from gft_megatron.losses.terms import COEFFICIENTS
 from gft_megatron.losses.trial import try_loss
 from gft_megatron.schedules import parse_schedules
 
 if TYPE_CHECKING:
     from gft_megatron.config import RunConfig
-
-COEFFICIENTS = ("kl_coef", "entropy_coef", "mix_coef")
 
 
 def flag_of(name: str) -> str:

@@ -6,10 +6,13 @@ unmasked tokens of these inputs.
 
 import inspect
 
-from gft_megatron.losses.chord import chord_phi
+from gft_megatron.losses.asft import asft
+from gft_megatron.losses.cadft import cadft
+from gft_megatron.losses.chord import chord_mu, chord_phi
 from gft_megatron.losses.cispo import cispo
 from gft_megatron.losses.dft import dft
 from gft_megatron.losses.eaft import eaft
+from gft_megatron.losses.f_divergence import f_divergence
 from gft_megatron.losses.gft import gft
 from gft_megatron.losses.grpo import grpo
 from gft_megatron.losses.gspo import gspo
@@ -17,32 +20,47 @@ from gft_megatron.losses.inputs import (
     LossFn,
     LossInputs,
     batch_sums,
+    batch_sums_of_policy,
     default_schedules,
     is_token_local,
     natural_responses,
     required_inputs,
 )
+from gft_megatron.losses.iw_sft import iw_sft
 from gft_megatron.losses.luffy import luffy
+from gft_megatron.losses.poft import poft
 from gft_megatron.losses.ppo import ppo
 from gft_megatron.losses.probability import probability
 from gft_megatron.losses.psft import psft
 from gft_megatron.losses.reinforce import reinforce
 from gft_megatron.losses.sft import sft
+from gft_megatron.losses.sft_go import sft_go
+from gft_megatron.losses.srft import srft
+from gft_megatron.losses.uft import uft
 
 LOSSES: dict[str, LossFn] = {
     "gft": gft,
     "dft": dft,
     "sft": sft,
+    "cadft": cadft,
+    "sft_go": sft_go,
     "probability": probability,
     "psft": psft,
     "eaft": eaft,
+    "asft": asft,
+    "iw_sft": iw_sft,
+    "poft": poft,
+    "f_divergence": f_divergence,
+    "chord_mu": chord_mu,
     "chord_phi": chord_phi,
+    "srft": srft,
     "luffy": luffy,
     "grpo": grpo,
     "ppo": ppo,
     "gspo": gspo,
     "cispo": cispo,
     "reinforce": reinforce,
+    "uft": uft,
 }
 
 
@@ -63,6 +81,7 @@ __all__ = [
     "LossFn",
     "LossInputs",
     "batch_sums",
+    "batch_sums_of_policy",
     "default_schedules",
     "is_token_local",
     "loss_hyper_parameters",

@@ -8,7 +8,7 @@ weight. The mean over all tokens is the paper's own.
 
 from __future__ import annotations
 
-from gft_megatron.losses.importance import log_ratios, own_tokens, require_clips, sampler_weight
+from gft_megatron.losses.importance import log_ratios, own_tokens, ratio_tails, require_clips, sampler_weight
 from gft_megatron.losses.inputs import LossInputs, LossOutput, requires, token_local, trains_on
 from gft_megatron.losses.reduce import masked_mean
 
@@ -40,5 +40,6 @@ def cispo(
     metrics = {
         "coefficient_mean": masked_mean(coefficient, inputs.mask),
         "clipped_frac": masked_mean(((coefficient != ratio) & own).float(), inputs.mask),
+        **ratio_tails(inputs, ratio, own),
     }
     return loss, metrics | weight_metrics

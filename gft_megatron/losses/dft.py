@@ -7,6 +7,7 @@ p_t must be a constant: -p log p with its own gradient pushes unlikely expert to
 
 from __future__ import annotations
 
+from gft_megatron.losses.coefficients import coefficient_shares
 from gft_megatron.losses.inputs import LossInputs, LossOutput, token_local
 from gft_megatron.losses.reduce import masked_mean
 
@@ -18,4 +19,5 @@ def dft(inputs: LossInputs) -> LossOutput:
     log_probs = inputs.log_probs.where(mask, 0.0)
     coefficient = log_probs.detach().exp()
     loss = -coefficient * log_probs
-    return loss.where(mask, 0.0), {"coefficient_mean": masked_mean(coefficient, mask)}
+    metrics = {"coefficient_mean": masked_mean(coefficient, mask), **coefficient_shares(coefficient, mask)}
+    return loss.where(mask, 0.0), metrics

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gft_megatron.groups import Source
+from gft_megatron.losses.coefficients import coefficient_shares
 from gft_megatron.losses.inputs import LossInputs, LossOutput, requires, token_local, trains_on
 from gft_megatron.losses.reduce import masked_mean
 
@@ -60,5 +61,6 @@ def gft(
     metrics = {
         "coefficient_mean": masked_mean(coefficient, mask),
         "rectified_frac": masked_mean((coefficient < 1).float(), mask),
+        **coefficient_shares(coefficient, mask),
     }
     return loss.where(mask, 0.0), metrics

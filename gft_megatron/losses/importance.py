@@ -71,8 +71,23 @@ def clipped_surrogate(
     metrics = {
         "coefficient_mean": masked_mean(ratio.detach().where(own, 0.0), inputs.mask),
         "clipped_frac": masked_mean(is_clipped.float(), inputs.mask),
+        **ratio_tails(inputs, ratio, own),
     }
     return -(clipped * advantage).where(own, 0.0), metrics
+
+
+def ratio_tails(inputs: LossInputs, ratio: Tensor, own: Tensor) -> dict[str, Tensor]:  # [n], [n] bool
+    """How far the policy is from the one that drew the samples, 0 where not own.
+
+    Shares of tokens with a ratio above 2 and below 1/2, and the estimate r - 1 - log r of KL(p_old || p), r each
+    token's own ratio: its mean over samples of the old policy is that divergence, and no term is negative.
+    """
+    log_ratio = log_ratios(inputs, own).detach()
+    return {
+        "ratio_above_2_frac": masked_mean(((ratio > 2.0) & own).float(), inputs.mask),
+        "ratio_below_half_frac": masked_mean(((ratio < 0.5) & own).float(), inputs.mask),
+        "old_kl_mean": masked_mean(log_ratio.expm1() - log_ratio, inputs.mask),
+    }
 
 
 def require_clips(clip_low: float, clip_high: float) -> None:

@@ -92,13 +92,17 @@ def required_inputs(loss: LossFn) -> frozenset[str]:
     return getattr(loss, "requires", frozenset())
 
 
-def over_batch(sums: Callable[[LossInputs], dict[str, Tensor]]) -> Callable[[LossFn], LossFn]:
+BatchSums = Callable[["LossInputs"], dict[str, Tensor]]
+
+
+def over_batch(sums: BatchSums, *, of_policy: bool = True) -> Callable[[LossFn], LossFn]:
     """Declare sums over the whole sequences of the global batch that a loss reads as `LossInputs.batch`.
 
     Args:
-        sums: fp64 scalars of one micro-batch, whole sequences counted once (`sequence_sums`). The training loop adds
-            them up over micro-batches and data-parallel ranks, from a forward-only pass or from the step before; where
-            it did not, they are taken of the loss's own inputs.
+        sums: fp64 scalars or vectors of fixed length of one micro-batch, whole sequences counted once
+            (`sequence_sums`). The training loop adds them up over micro-batches and data-parallel ranks, from a
+            forward-only pass or from the step before; where it did not, they are taken of the loss's own inputs.
+        of_policy: False: `sums` does not look at log_probs, entropy or ref_kl, so that no forward pass is needed.
     """
 
     def decorate(loss: LossFn) -> LossFn:
@@ -109,14 +113,20 @@ def over_batch(sums: Callable[[LossInputs], dict[str, Tensor]]) -> Callable[[Los
             return loss(inputs, **hyper)
 
         with_batch.batch_sums = sums  # type: ignore[attr-defined]
+        with_batch.batch_sums_of_policy = of_policy  # type: ignore[attr-defined]
         return with_batch
 
     return decorate
 
 
-def batch_sums(loss: LossFn) -> Callable[[LossInputs], dict[str, Tensor]] | None:
+def batch_sums(loss: LossFn) -> BatchSums | None:
     """What this loss was declared to need of the global batch."""
     return getattr(loss, "batch_sums", None)
+
+
+def batch_sums_of_policy(loss: LossFn) -> bool:
+    """Whether these sums take a forward pass; False also for a loss without any."""
+    return getattr(loss, "batch_sums_of_policy", False)
 
 
 Responses = Literal["recorded", "mixed", "own"]

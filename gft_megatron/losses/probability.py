@@ -16,6 +16,7 @@ import math
 
 import torch
 
+from gft_megatron.losses.coefficients import coefficient_shares
 from gft_megatron.losses.inputs import LossInputs, LossOutput, token_local
 from gft_megatron.losses.reduce import masked_mean
 
@@ -48,5 +49,6 @@ def probability(
     metrics = {
         "coefficient_mean": masked_mean(coefficient.where(kept, 0.0), mask),
         "kept_frac": masked_mean(kept.float(), mask),
+        **coefficient_shares(coefficient, mask, chosen=kept),
     }
     return loss.where(kept, 0.0), metrics

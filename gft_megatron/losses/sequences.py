@@ -35,3 +35,9 @@ def sequence_means(inputs: LossInputs, values: Tensor, chosen: Tensor | None = N
     """As `sequence_sums`: the mean of each sequence, 0 where no token counts. [num_sequences] fp32, detached."""
     sums, counts = sequence_sums(inputs, values, chosen)
     return sums / counts.clamp(min=1)
+
+
+def count_tokens(inputs: LossInputs, chosen: Tensor) -> Tensor:  # [n] bool -> [] fp64
+    """How many tokens these are, over the whole sequences."""
+    count = chosen.double().sum()
+    return count if inputs.context_sum is None else inputs.context_sum(count)

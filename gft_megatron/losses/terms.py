@@ -1,18 +1,19 @@
-"""What is added to a loss, each with a coefficient that may change in every step.
+"""What is added to a loss: the divergence from a reference, an entropy bonus, a loss of recorded responses.
 
-    loss_t + kl_coef * k(log p_t, log p_ref,t) - entropy_coef * H_t + mix_coef * other_loss_t (recorded responses only)
+    loss_t = main_t + kl_coef KL_t - entropy_coef H_t + mix_coef mix_t
 
-`with_terms` makes one loss of these; to the training loop it is a loss like any other.
+`with_terms` makes one loss of them, with everything declared that its parts declare (inputs.py), so that whoever calls
+it need not know that it has parts.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from gft_megatron.losses.importance import recorded_tokens
@@ -21,6 +22,7 @@ from gft_megatron.losses.inputs import (
     LossInputs,
     LossOutput,
     batch_sums,
+    batch_sums_of_policy,
     default_schedules,
     is_token_local,
     natural_responses,
@@ -29,102 +31,136 @@ from gft_megatron.losses.inputs import (
 from gft_megatron.losses.reduce import masked_mean
 
 KlEstimator = Literal["k1", "k2", "k3"]
-_MIX = "mix_"
+COEFFICIENTS = ("kl_coef", "entropy_coef", "mix_coef")
 
 
-def kl_penalty(inputs: LossInputs, estimator: KlEstimator) -> Tensor:  # [n]
-    """An estimate of KL(policy || reference) from each token, 0 on masked positions.
+def kl_penalty(inputs: LossInputs, *, estimator: KlEstimator = "k3") -> Tensor:  # [n]
+    """KL(p || p_ref) as estimated from the tokens at hand, 0 on masked positions; differentiable in log_probs.
 
-    With d = log p_ref - log p: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - 1 - d (J. Schulman, "Approximating KL Divergence",
-    2020; GRPO, arXiv:2402.03300 Eq. 4, has k3). As values k1 and k3 are unbiased for tokens that the policy drew, and
-    k3 is never negative. As a loss, k2 has the gradient of the divergence; that of k1 is 0 on average, so k1 is for
-    rewards; that of k3 is the gradient of KL(reference || policy).
+    With d = log p_t - log p_ref,t of a token drawn from p (Schulman, "Approximating KL Divergence"):
+
+        k1 = d                  unbiased; may be negative
+        k2 = d^2 / 2            biased; its gradient d * grad log p is, in the mean, that of KL(p || p_ref)
+        k3 = exp(-d) - 1 + d    unbiased, never negative; its gradient is, in the mean, that of KL(p_ref || p)
+
+    The gradient of k1 itself is 0 in the mean and would be noise; it has k2's here, which is what taking k1 from the
+    reward does. k3 is GRPO's. On tokens that the policy did not draw, recorded ones, none of them estimates a
+    divergence, but all pull towards the reference.
 
     Raises:
-        ValueError: there are no ref_log_probs, or no such estimator.
+        ValueError: the estimator is unknown, or there are no ref_log_probs.
     """
+    if estimator not in get_args(KlEstimator):
+        raise ValueError(f"kl_estimator is {estimator!r}; it has to be one of {', '.join(get_args(KlEstimator))}")
     if inputs.ref_log_probs is None:
         raise ValueError("the KL penalty needs LossInputs.ref_log_probs, which is None")
     mask = inputs.mask.bool()
-    difference = (inputs.ref_log_probs - inputs.log_probs).where(mask, 0.0)
-    if estimator == "k1":
-        return -difference
-    if estimator == "k2":
-        return difference.square() / 2.0
+    difference = (inputs.log_probs - inputs.ref_log_probs.detach()).where(mask, 0.0)
     if estimator == "k3":
-        return torch.expm1(difference) - difference
-    raise ValueError(f"the KL estimator is {estimator!r}; it has to be k1, k2 or k3")
+        return (-difference).expm1() + difference
+    half_square = difference.square() / 2.0
+    return half_square if estimator == "k2" else difference.detach() + (half_square - half_square.detach())
+
+
+def entropy_bonus(inputs: LossInputs) -> Tensor:  # [n]
+    """Entropy of the policy at each token, 0 on masked positions; differentiable.
+
+    Raises:
+        ValueError: there is no entropy.
+    """
+    if inputs.entropy is None:
+        raise ValueError("the entropy bonus needs LossInputs.entropy, which is None")
+    return inputs.entropy.where(inputs.mask.bool(), 0.0)
+
+
+def recorded_only(inputs: LossInputs) -> LossInputs:
+    """The inputs with own samples masked out."""
+    return dataclasses.replace(inputs, mask=recorded_tokens(inputs))
 
 
 def with_terms(
-    loss: LossFn, *, terms: Collection[str], kl_estimator: KlEstimator = "k3", mix: LossFn | None = None
+    main: LossFn, *, terms: Collection[str], kl_estimator: KlEstimator = "k3", mix: LossFn | None = None
 ) -> LossFn:
-    """`loss` with more terms, whose coefficients become keyword arguments beside its hyper-parameters.
+    """`main` with these terms added.
 
     Args:
-        terms: which of kl_coef, entropy_coef, mix_coef to take.
-        mix: the loss that mix_coef multiplies. Its hyper-parameters are keyword arguments too; one that `loss` has as
-            well goes to both.
+        terms: which of kl_coef, entropy_coef and mix_coef there are. Each is a keyword-only parameter of the result,
+            without a default, so that it can change from step to step.
+        mix: the loss of mix_coef, applied to the tokens of recorded responses and to no others.
+
+    The result takes the hyper-parameters of `main` and of `mix`; one that both have goes to both. The metrics of `mix`
+    have the prefix "mix_" and count own tokens as 0. It is made for the responses that `main` is made for, and recorded
+    ones where there is a `mix`. A coefficient out of range is a ValueError then, an unknown term is one here.
     """
-    names = {part: _hyper_names(part) for part in (loss, mix) if part is not None}
+    unknown = set(terms) - set(COEFFICIENTS)
+    if unknown or ("mix_coef" in terms) != (mix is not None):
+        raise ValueError(
+            f"terms are {sorted(terms)} with mix={mix}; known: {', '.join(COEFFICIENTS)}, the last with a mix"
+        )
+    parts: dict[str, LossFn] = {"main": main} if mix is None else {"main": main, "mix": mix}
 
     def combined(inputs: LossInputs, **hyper: Any) -> LossOutput:
-        mask = inputs.mask.bool()
-        total, metrics = loss(_of_part(inputs, ""), **{k: v for k, v in hyper.items() if k in names[loss]})
-        metrics = dict(metrics)
-        if "kl_coef" in hyper:
-            penalty = kl_penalty(inputs, kl_estimator)
-            total = total + hyper["kl_coef"] * penalty
-            metrics["ref_kl_mean"] = masked_mean(penalty, mask)
-        if "entropy_coef" in hyper:
-            assert inputs.entropy is not None
-            total = total - hyper["entropy_coef"] * inputs.entropy.where(mask, 0.0)
-        if "mix_coef" in hyper:
-            assert mix is not None
-            recorded = dataclasses.replace(_of_part(inputs, _MIX), mask=recorded_tokens(inputs))
-            other, other_metrics = mix(recorded, **{k: v for k, v in hyper.items() if k in names[mix]})
-            total = total + hyper["mix_coef"] * other
-            share = masked_mean(recorded.mask.float(), mask)  # its metrics are means over these tokens only
-            metrics |= {_MIX + name: value * share for name, value in other_metrics.items()}
-            metrics[_MIX + "loss"] = masked_mean(other, mask)
-        return total, metrics
+        coefficients = {name: _coefficient(name, hyper.pop(name)) for name in terms}
+        for_mix = {} if mix is None else {name: value for name, value in hyper.items() if name in _hyper_names(mix)}
+        for_main = {name: value for name, value in hyper.items() if name in _hyper_names(main) or name not in for_mix}
+        loss, metrics = main(_part_of_batch(inputs, "main"), **for_main)
+        if "kl_coef" in terms:
+            divergence = kl_penalty(inputs, estimator=kl_estimator)
+            loss = loss + coefficients["kl_coef"] * divergence
+            metrics = {**metrics, "kl_mean": masked_mean(divergence, inputs.mask)}
+        if "entropy_coef" in terms:  # the training loop reports the entropy of every loss
+            loss = loss - coefficients["entropy_coef"] * entropy_bonus(inputs)
+        if mix is not None:
+            recorded = recorded_only(inputs)
+            mixed, mixed_metrics = mix(_part_of_batch(recorded, "mix"), **for_mix)
+            loss = loss + coefficients["mix_coef"] * mixed
+            share = masked_mean(recorded.mask.float(), inputs.mask)
+            metrics = {**metrics, "mix_loss": masked_mean(mixed, inputs.mask)}
+            metrics |= {f"mix_{name}": value * share for name, value in mixed_metrics.items()}
+        return loss, metrics
 
-    needs = required_inputs(loss) | ({"ref_log_probs"} if "kl_coef" in terms else set())
-    needs |= {"entropy"} if "entropy_coef" in terms else set()
-    parts = [loss] if mix is None else [loss, mix]
-    combined.requires = needs.union(*map(required_inputs, parts))  # type: ignore[attr-defined]
-    combined.is_token_local = all(map(is_token_local, parts))  # type: ignore[attr-defined]
-    combined.trains_on = natural_responses(loss)  # type: ignore[attr-defined]
-    combined.schedules = default_schedules(loss)  # type: ignore[attr-defined]
-    if any(map(batch_sums, parts)):
-        combined.batch_sums = _joined_sums(loss, mix)  # type: ignore[attr-defined]
+    combined.__name__ = main.__name__
+    required = frozenset().union(*map(required_inputs, parts.values()))
+    required |= {"ref_log_probs"} if "kl_coef" in terms else set()
+    required |= {"entropy"} if "entropy_coef" in terms else set()
+    combined.requires = required  # type: ignore[attr-defined]
+    combined.is_token_local = all(map(is_token_local, parts.values()))  # type: ignore[attr-defined]
+    only_own = natural_responses(main) == "own"
+    combined.trains_on = "mixed" if only_own and mix else natural_responses(main)  # type: ignore[attr-defined]
+    combined.schedules = default_schedules(main)  # type: ignore[attr-defined]
+    if any(map(batch_sums, parts.values())):
+        combined.batch_sums = _sums_of(parts)  # type: ignore[attr-defined]
+        combined.batch_sums_of_policy = any(map(batch_sums_of_policy, parts.values()))  # type: ignore[attr-defined]
     return combined
 
 
-def _joined_sums(loss: LossFn, mix: LossFn | None) -> Any:
-    def sums(inputs: LossInputs) -> dict[str, Tensor]:
-        of_loss, of_mix = batch_sums(loss), None if mix is None else batch_sums(mix)
-        found = {} if of_loss is None else dict(of_loss(inputs))
-        if of_mix is not None:
-            recorded = dataclasses.replace(inputs, mask=recorded_tokens(inputs))
-            found |= {_MIX + name: value for name, value in of_mix(recorded).items()}
-        return found
-
-    return sums
-
-
-def _of_part(inputs: LossInputs, prefix: str) -> LossInputs:
-    """The same with the batch sums that belong to one part, under their own names."""
-    if inputs.batch is None:
-        return inputs
-    own = {
-        name.removeprefix(prefix): value
-        for name, value in inputs.batch.items()
-        if name.startswith(_MIX) == bool(prefix)
-    }
-    return dataclasses.replace(inputs, batch=own)
+def _coefficient(name: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; it has to be finite")
+    return value
 
 
 def _hyper_names(loss: LossFn) -> set[str]:
     parameters = inspect.signature(loss).parameters.values()
     return {parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def _sums_of(parts: dict[str, LossFn]) -> Any:
+    def sums(inputs: LossInputs) -> dict[str, Tensor]:
+        together = {}
+        for part, loss in parts.items():
+            of_part = batch_sums(loss)
+            if of_part is not None:
+                seen = recorded_only(inputs) if part == "mix" else inputs
+                together |= {f"{part}_{name}": value for name, value in of_part(seen).items()}
+        return together
+
+    return sums
+
+
+def _part_of_batch(inputs: LossInputs, part: str) -> LossInputs:
+    if inputs.batch is None:
+        return inputs
+    prefix = f"{part}_"
+    own = {name.removeprefix(prefix): value for name, value in inputs.batch.items() if name.startswith(prefix)}
+    return dataclasses.replace(inputs, batch=own or None)

@@ -107,7 +107,7 @@ def _sample_divergence(
     def loss_func(output: Tensor, item: StepInput, chunk: DistributedDataParallel) -> tuple[Tensor, Tensor, Report]:
         log_probs, entropy = token_log_probs(output, item.micro_batch, objective, chunk)
         known = known_inputs(item, output.device, None).with_policy(log_probs, entropy)
-        sums = sample_sums(kl_penalty(known, estimator), item.micro_batch)
+        sums = sample_sums(kl_penalty(known, estimator=estimator), item.micro_batch)
         return log_probs.sum(), item.micro_batch.mask.sum().int().to(log_probs.device), {"kl": sums}
 
     return sum_over_replicas(run_schedule(chunks, inputs, loss_func, forward_only=True))["kl"].cpu()

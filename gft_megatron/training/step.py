@@ -22,10 +22,18 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from gft_megatron.data.packing import PackedMicroBatch
-from gft_megatron.losses import LossFn, LossInputs, batch_sums, is_token_local, required_inputs
+from gft_megatron.losses import (
+    LossFn,
+    LossInputs,
+    batch_sums,
+    batch_sums_of_policy,
+    is_token_local,
+    required_inputs,
+)
 from gft_megatron.losses.reduce import token_sum
 from gft_megatron.ops import linear_log_probs, linear_loss, vocab_parallel_kl, vocab_parallel_log_probs
 from gft_megatron.training.fused_linear import output_weight, with_weight_gradient
+from gft_megatron.training.parallel import is_last_stage
 from gft_megatron.training.passes import Chunks, Report, run_schedule, sum_over_replicas
 
 
@@ -159,6 +167,10 @@ def forward_batch_sums(chunks: Chunks, inputs: Sequence[StepInput], objective: O
     """The sums over the global batch that the loss reads, under the present weights; equal on every rank."""
     sums = batch_sums(objective.loss)
     assert sums is not None
+    if not batch_sums_of_policy(objective.loss):
+        device = torch.cuda.current_device()
+        counted = [_once(sums(known_inputs(item, device, None))) for item in inputs]
+        return sum_over_replicas(counted if is_last_stage() else [])
 
     def loss_func(output: Tensor, item: StepInput, chunk: DistributedDataParallel) -> tuple[Tensor, Tensor, Report]:
         log_probs, entropy = token_log_probs(output, item.micro_batch, objective, chunk)
@@ -216,7 +228,7 @@ def linear_options(objective: Objective, chunk: DistributedDataParallel) -> dict
     }
 
 
-def known_inputs(item: StepInput, device: torch.device, batch: Mapping[str, Tensor] | None) -> LossInputs:
+def known_inputs(item: StepInput, device: torch.device | int, batch: Mapping[str, Tensor] | None) -> LossInputs:
     """What the loss reads, but for what the policy says."""
     micro_batch = item.micro_batch
     mask = micro_batch.mask.to(device)

@@ -9,6 +9,7 @@ import torch
 from gft_megatron import LOSSES, LossInputs
 from gft_megatron.config import ModelConfig, ParallelConfig
 from gft_megatron.losses import is_token_local
+from gft_megatron.losses.inputs import batch_sums
 from gft_megatron.training.fused_linear import _WithZeroGradient, return_hidden_states
 from gft_megatron.training.model import transformer_config
 
@@ -45,13 +46,13 @@ def test_some_tokens_of_a_batch_keep_all_their_numbers() -> None:
     for name, values in per_token.items():
         if name in sequences:
             assert getattr(chosen, name) is sequences[name]
-        elif name != "batch":
+        elif name not in ("batch", "context_sum"):
             assert torch.equal(getattr(chosen, name), values[[5, 2]]), name
     assert chosen.batch == "whole"
 
 
 # Losses in which a token's loss depends on other tokens.
-NOT_TOKEN_LOCAL = {"gspo"}
+NOT_TOKEN_LOCAL = {"gspo", "cadft", "sft_go", "iw_sft", "poft"}
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -70,7 +71,13 @@ def test_token_local_losses_are(name: str) -> None:
         advantages=torch.randn(4, generator=generator),
         old_log_probs=-torch.rand(30, generator=generator) * 3,
         rollout_log_probs=(-torch.rand(30, generator=generator) * 3).where(torch.arange(30) >= 16, torch.nan),
+        ref_log_probs=-torch.rand(30, generator=generator) * 3,
+        ref_kl=torch.rand(30, generator=generator),
+        token_groups=torch.randint(2, (30,), generator=generator),
     )
+    sums = batch_sums(loss)
+    if is_token_local(loss) and sums is not None:  # known before the loop takes some tokens at a time
+        inputs = dataclasses.replace(inputs, batch=sums(inputs))
     positions = torch.tensor([3, 9, 17, 18, 29])
     alone, among_all = loss(inputs.at(positions))[0], loss(inputs)[0][positions]
     assert torch.equal(alone, among_all) == is_token_local(loss)

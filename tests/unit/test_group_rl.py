@@ -253,7 +253,11 @@ def test_metrics_are_means_over_valid_tokens():
         "clipped_frac": (above | below).sum() / num_tokens,
         "tis_weight_mean": (weights.clamp(max=1.5).sum() + num_recorded) / num_tokens,
         "tis_clipped_frac": (weights > 1.5).sum() / num_tokens,
+        "ratio_above_2_frac": (ratio > 2).sum() / num_tokens,
+        "ratio_below_half_frac": (ratio < 0.5).sum() / num_tokens,
+        "old_kl_mean": (ratio - 1 - ratio.log()).sum() / num_tokens,
     }
+    assert all(value > 0 for value in expected.values())
     assert metrics.keys() == expected.keys()
     for key, value in expected.items():
         assert metrics[key].item() == pytest.approx(float(value), rel=1e-5), key
