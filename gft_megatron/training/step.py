@@ -252,6 +252,7 @@ def _loss(
         advantages=micro_batch.advantages.to(device),
         old_log_probs=old_log_probs,
         rollout_log_probs=micro_batch.rollout_log_probs.to(device),
+        token_groups=micro_batch.token_groups.to(device),
     )
     if objective.fused_linear_loss and is_token_local(objective.loss):
         loss, log_probs, entropy, metric_sums = _chunked_loss(
