@@ -24,7 +24,7 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class PackedMicroBatch:
-    """One forward pass. Position i predicts labels[i], and mask, log-probs, groups and sequence ids describe that label."""
+    """One forward pass. Position i predicts labels[i]; mask, log-probs, groups and sequence ids are of that label."""
 
     tokens: Tensor  # [T] int64
     labels: Tensor  # [T] int64, the sequence's next token; -100 where nothing is learned
