@@ -88,6 +88,8 @@ class DataConfig:
     """Longest prompt, in tokens; default --seq-length minus --rollout-max-response-len."""
     max_bad_row_frac: float = 0.01
     """Stop before training when a larger share of the rows is bad."""
+    eta: float = 0.5
+    """Share of a response's tokens that count as important (SFT-GO)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,6 +133,8 @@ def _require_sizes(config: RunConfig) -> None:
         raise ValueError(f"--rollout-temperature is {config.rollout.rollout_temperature}; it has to be positive")
     if not 0 < config.rollout.rollout_top_p <= 1:
         raise ValueError(f"--rollout-top-p is {config.rollout.rollout_top_p}; it has to be above 0 and at most 1")
+    if not 0 < config.data.eta < 1:
+        raise ValueError(f"--eta is {config.data.eta}; it has to be above 0 and below 1")
     if not 0 < config.optimizer.lr < math.inf:
         raise ValueError(f"--lr is {config.optimizer.lr}; it has to be positive")
     virtual = config.parallel.virtual_pipeline_model_parallel_size

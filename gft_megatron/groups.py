@@ -40,6 +40,7 @@ class RecordedResponse:
     text: str
     token_ids: np.ndarray  # [response length] int64
     source: Source
+    token_groups: np.ndarray | None = None  # [response length] int64 >= 0, None where the data say nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class Sample:
     truncated: bool = False
     rollout_log_probs: np.ndarray | None = None  # [response length] float32, None for recorded responses
     weight_spans: tuple[WeightSpan, ...] = ()
+    token_groups: np.ndarray | None = None  # [response length] int64 >= 0, None where the data say nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ class Batch:
 
     tokens: Tensor  # [t] int64
     rollout_log_probs: Tensor  # [t] float32, NaN where the sampler gave none (prompts, recorded responses)
+    token_groups: Tensor  # [t] int64, -1 where unknown (prompts, own samples, responses without scores)
     lengths: Tensor  # [n] int64, prompt + response
     prompt_lengths: Tensor  # [n] int64
     group_ids: Tensor  # [n] int64, equal inside a group, unique in the batch
@@ -108,14 +111,14 @@ class Batch:
         """Flatten groups with distinct ids. Advantages are 0 until somebody compares the rewards."""
         tokens: list[np.ndarray] = [np.zeros(0, np.int64)]
         log_probs: list[np.ndarray] = [np.zeros(0, np.float32)]
+        token_groups: list[np.ndarray] = [np.zeros(0, np.int64)]
         columns: dict[str, list[float | int | bool]] = {name: [] for name in _SAMPLE_COLUMNS}
         for group_id, group in zip(group_ids, groups, strict=True):
             prompt = group.prompt.token_ids
             for sample in group.samples:
                 tokens += [prompt, sample.token_ids]
-                unknown = np.full(len(prompt), np.nan, np.float32)
-                known = sample.rollout_log_probs
-                log_probs += [unknown, np.full(len(sample.token_ids), np.nan, np.float32) if known is None else known]
+                log_probs += _with_prompt(sample.rollout_log_probs, np.float32(np.nan), prompt, sample.token_ids)
+                token_groups += _with_prompt(sample.token_groups, np.int64(-1), prompt, sample.token_ids)
                 columns["lengths"].append(len(prompt) + len(sample.token_ids))
                 columns["prompt_lengths"].append(len(prompt))
                 columns["group_ids"].append(group_id)
@@ -127,6 +130,7 @@ class Batch:
         return Batch(
             tokens=torch.from_numpy(np.concatenate(tokens).astype(np.int64)),
             rollout_log_probs=torch.from_numpy(np.concatenate(log_probs).astype(np.float32)),
+            token_groups=torch.from_numpy(np.concatenate(token_groups)),
             **{name: torch.tensor(values, dtype=_SAMPLE_COLUMNS[name]) for name, values in columns.items()},
         )
 
@@ -143,12 +147,19 @@ class Batch:
         spans = [slice(int(starts[i]), int(ends[i])) for i in index]
         empty = slice(0, 0)
         return Batch(
-            tokens=torch.cat([self.tokens[s] for s in (empty, *spans)]),
-            rollout_log_probs=torch.cat([self.rollout_log_probs[s] for s in (empty, *spans)]),
+            **{name: torch.cat([getattr(self, name)[s] for s in (empty, *spans)]) for name in _TOKEN_COLUMNS},
             **{name: getattr(self, name)[index] for name in _SAMPLE_COLUMNS},
         )
 
 
+def _with_prompt(
+    known: np.ndarray | None, unknown: np.generic, prompt: np.ndarray, response: np.ndarray
+) -> list[np.ndarray]:
+    """What is known of each token, for the prompt and for the response."""
+    return [np.full(len(prompt), unknown), np.full(len(response), unknown) if known is None else known]
+
+
+_TOKEN_COLUMNS = ("tokens", "rollout_log_probs", "token_groups")
 _SAMPLE_COLUMNS = {
     "lengths": torch.int64,
     "prompt_lengths": torch.int64,

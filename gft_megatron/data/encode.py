@@ -15,6 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from gft_megatron.data.rows import BadRow, Row
+from gft_megatron.data.token_groups import response_groups
 from gft_megatron.groups import RecordedResponse
 
 
@@ -40,12 +41,15 @@ class EncodedRow:
 
 
 def encode_rows(
-    rows: Sequence[Row | BadRow], tokenizer: PreTrainedTokenizerBase, limits: Limits
+    rows: Sequence[Row | BadRow], tokenizer: PreTrainedTokenizerBase, limits: Limits, eta: float
 ) -> list[EncodedRow | BadRow]:
     """Tokenise many rows; one call for all plain text is several times faster than one a row. Bad rows pass through.
 
     A response gets the end-of-sequence token appended, because GFT trains on it; one that is written out at the end of
     the text is not doubled.
+
+    Args:
+        eta: share of a response's tokens that are its important group, where it has token scores.
 
     Raises:
         ValueError: a prompt is a message list and the tokenizer has no chat template.
@@ -55,7 +59,7 @@ def encode_rows(
     for row in rows:
         if isinstance(row, Row):
             texts += [row.prompt] if isinstance(row.prompt, str) else []
-            texts += [text.removesuffix(eos_token) for text, _ in row.responses]
+            texts += [response.text.removesuffix(eos_token) for response in row.responses]
     plain_ids = iter(_encode_plain(texts, tokenizer))
     encoded: list[EncodedRow | BadRow] = []
     for row in rows:
@@ -63,13 +67,16 @@ def encode_rows(
             encoded.append(row)
             continue
         prompt = next(plain_ids) if isinstance(row.prompt, str) else _encode_chat(row.prompt, tokenizer)
-        responses = tuple(
-            RecordedResponse(text.removesuffix(eos_token), np.array([*next(plain_ids), eos_token_id], np.int64), source)
-            for text, source in row.responses
-        )
+        response_ids = [np.array([*next(plain_ids), eos_token_id], np.int64) for _ in row.responses]
         try:
             prompt_ids = _checked_prompt(prompt, limits)
-            _check_responses(responses, limits)
+            _check_responses(response_ids, limits)
+            responses = tuple(
+                RecordedResponse(response.text.removesuffix(eos_token), ids, response.source, groups)
+                for response, ids, groups in zip(
+                    row.responses, response_ids, _token_groups(row, response_ids, eta), strict=True
+                )
+            )
         except BadRow as bad:
             encoded.append(bad)
         else:
@@ -111,14 +118,24 @@ def _checked_prompt(prompt: list[int] | BadRow, limits: Limits) -> np.ndarray:  
     return ids
 
 
-def _check_responses(responses: tuple[RecordedResponse, ...], limits: Limits) -> None:
-    for i, response in enumerate(responses):
-        if len(response.token_ids) > limits.max_response_length:
+def _check_responses(response_ids: list[np.ndarray], limits: Limits) -> None:
+    for i, ids in enumerate(response_ids):
+        if len(ids) > limits.max_response_length:
             raise BadRow(
-                f"responses[{i}] has {len(response.token_ids)} tokens, more than --rollout-max-response-len "
+                f"responses[{i}] has {len(ids)} tokens, more than --rollout-max-response-len "
                 f"{limits.max_response_length}"
             )
-        _check_ids(response.token_ids, f"responses[{i}]", limits)
+        _check_ids(ids, f"responses[{i}]", limits)
+
+
+def _token_groups(row: Row, response_ids: list[np.ndarray], eta: float) -> list[np.ndarray | None]:
+    groups = []
+    for i, (response, ids) in enumerate(zip(row.responses, response_ids, strict=True)):
+        try:
+            groups.append(response_groups(response, len(ids), eta))
+        except BadRow as bad:
+            raise BadRow(f"responses[{i}].{bad}") from None
+    return groups
 
 
 def _check_ids(ids: np.ndarray, name: str, limits: Limits) -> None:

@@ -63,7 +63,7 @@ class PromptOrder:
             if state[name] != mine:
                 raise ValueError(
                     f"the checkpoint was made with other prompts ({name} {state[name]}, now {mine}): resume with the "
-                    f"same --prompt-data and tokenizer, or start a new run"
+                    f"same --prompt-data, tokenizer and --eta, or start a new run"
                 )
         self._seed = state["seed"]
         self._shuffle = state["shuffle"]

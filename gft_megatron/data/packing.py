@@ -24,7 +24,7 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class PackedMicroBatch:
-    """One forward pass. Position i predicts labels[i], and mask, log-probs and sequence ids describe that label."""
+    """One forward pass. Position i predicts labels[i]; mask, log-probs, groups and sequence ids are of that label."""
 
     tokens: Tensor  # [T] int64
     labels: Tensor  # [T] int64, the sequence's next token; -100 where nothing is learned
@@ -32,6 +32,7 @@ class PackedMicroBatch:
     position_ids: Tensor  # [T] int64, from 0 in each sequence
     sequence_ids: Tensor  # [T] int64, index into the [S] fields; 0 at padding
     rollout_log_probs: Tensor  # [T] float32, NaN where the sampler gave none
+    token_groups: Tensor  # [T] int64, -1 where unknown
     cu_seqlens: Tensor  # [sequences + 1] int32, over all context-parallel ranks, the dummy sequence included
     max_seqlen: int
     length: int  # T * cp_size
@@ -127,6 +128,7 @@ def pack_micro_batch(
     tokens = torch.zeros(length, dtype=torch.int64)
     labels = torch.full((length,), IGNORED_LABEL, dtype=torch.int64)
     log_probs = torch.full((length,), math.nan, dtype=torch.float32)
+    token_groups = torch.full((length,), -1, dtype=torch.int64)
     sequence_ids = torch.zeros(length, dtype=torch.int64)
     start = 0
     for i, (end, num_tokens, num_prompt) in enumerate(
@@ -138,6 +140,7 @@ def pack_micro_batch(
         first, last = start + num_prompt - 1, start + num_tokens - 1
         labels[first:last] = samples.tokens[sample][num_prompt:]
         log_probs[first:last] = samples.rollout_log_probs[sample][num_prompt:]
+        token_groups[first:last] = samples.token_groups[sample][num_prompt:]
         sequence_ids[start : start + num_tokens] = i
         start += padded[i]
 
@@ -151,6 +154,7 @@ def pack_micro_batch(
         position_ids=torch.cat([torch.arange(size) for size in sizes])[here],
         sequence_ids=sequence_ids[here],
         rollout_log_probs=log_probs[here],
+        token_groups=token_groups[here],
         cu_seqlens=torch.tensor([0, *sizes]).cumsum(0).to(torch.int32),
         max_seqlen=max(sizes),
         length=length,
@@ -188,6 +192,7 @@ def _round_up(value: int, multiple: int) -> int:
 _PLACEHOLDER = Batch(
     tokens=torch.zeros(0, dtype=torch.int64),
     rollout_log_probs=torch.zeros(0),
+    token_groups=torch.zeros(0, dtype=torch.int64),
     lengths=torch.zeros(1, dtype=torch.int64),
     prompt_lengths=torch.zeros(1, dtype=torch.int64),
     group_ids=torch.full((1,), -1),

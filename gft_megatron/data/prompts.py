@@ -38,6 +38,8 @@ class PromptStoreInfo:
     num_rows: int
     num_expert: int
     num_teacher: int
+    num_scored: int
+    """Recorded responses, of experts and teachers, whose tokens have groups."""
     num_bad_rows: int
     quarantine_path: Path
     """JSON Lines {file, line, reason}, one for each bad row."""
@@ -53,6 +55,7 @@ def prepare_prompts(
     max_response_length: int,
     vocab_size: int,
     max_bad_row_frac: float = 0.01,
+    eta: float = 0.5,
     progress: Callable[[int], None] | None = None,
 ) -> PromptStoreInfo:
     """Write the good rows of `files` to `store_path`, whole or not at all, and name the bad ones in `quarantine_path`.
@@ -61,17 +64,18 @@ def prepare_prompts(
         max_prompt_length: tokens, after the chat template.
         max_response_length: tokens of a recorded response, end-of-sequence token included.
         vocab_size: rows of the model's embedding.
+        eta: share of a response's tokens that are its important group, where it has token scores.
         progress: called with the number of rows read so far, now and then.
 
     Raises:
         ValueError: a file cannot be read or has no row, no row is good, or too many are bad.
     """
     limits = Limits(max_prompt_length=max_prompt_length, max_response_length=max_response_length, vocab_size=vocab_size)
-    num_rows = 0
+    num_rows = num_scored = 0
     recorded: Counter[Source] = Counter()
     with Quarantine(Path(quarantine_path)) as quarantine, PromptStoreWriter(Path(store_path)) as writer:
         for chunk in _chunks(_read_files(files, tokenizer)):
-            rows = encode_rows([row for _, _, row in chunk], tokenizer, limits)
+            rows = encode_rows([row for _, _, row in chunk], tokenizer, limits, eta)
             for (file, line, _), row in zip(chunk, rows, strict=True):
                 if isinstance(row, BadRow):
                     quarantine.add(file, line, row)
@@ -79,6 +83,7 @@ def prepare_prompts(
             writer.write(good)
             num_rows += len(good)
             recorded.update(response.source for row in good for response in row.responses)
+            num_scored += sum(response.token_groups is not None for row in good for response in row.responses)
             if progress is not None:
                 progress(num_rows + quarantine.num_rows)
         quarantine.require_few(num_rows, max_bad_row_frac)
@@ -88,6 +93,7 @@ def prepare_prompts(
         num_rows=num_rows,
         num_expert=recorded[Source.EXPERT],
         num_teacher=recorded[Source.TEACHER],
+        num_scored=num_scored,
         num_bad_rows=quarantine.num_rows,
         quarantine_path=quarantine.path,
     )

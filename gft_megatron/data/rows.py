@@ -3,14 +3,17 @@
 A row is an object with these keys; other keys are ignored:
     prompt      a string, or a list of chat messages {"role": ..., "content": ...}
     label       a string: what the reward compares a response with
-    responses   optional list of {"text": ..., "source": "expert" | "teacher"}
+    responses   optional list of {"text": ..., "source": "expert" | "teacher"}; each may have one of (token_groups.py)
+                    token_scores    a finite number for each token: how much it matters
+                    token_groups    an integer of 0 to 1023 for each token: which cluster it is in
     metadata    optional object, handed to the reward
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -22,6 +25,9 @@ from gft_megatron.groups import Source
 
 MAX_LINE_BYTES = 8 * 2**20
 """A longer line is a bad row; it is never held in memory whole."""
+
+MAX_TOKEN_GROUPS = 1024
+"""A loss holds a sum for every group up to the highest: one absurd id must not ask for gigabytes."""
 
 _RECORDED_SOURCES = {"expert": Source.EXPERT, "teacher": Source.TEACHER}
 _PARQUET_MAGIC = b"PAR1"
@@ -42,12 +48,22 @@ class BadRow(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class RowResponse:
+    """A recorded response, with a number for each of its tokens, where the data have them."""
+
+    text: str
+    source: Source
+    token_scores: list[float] | None = None
+    token_groups: list[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One row of the right form, not yet tokenised."""
 
     prompt: str | list[dict[str, str]]
     label: str
-    responses: tuple[tuple[str, Source], ...]
+    responses: tuple[RowResponse, ...]
     metadata: str  # a JSON object
 
 
@@ -59,16 +75,24 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
     Raises:
         ValueError: the file cannot be read at all.
     """
+    for number, value in read_values(path):
+        try:
+            yield number, check_row(value)
+        except BadRow as bad:
+            yield number, bad
+
+
+def read_values(path: Path) -> Iterator[tuple[int, Any]]:
+    """The values of `read_rows` before `check_row`: what JSON says, or a BadRow where it is none.
+
+    Raises:
+        ValueError: the file cannot be read at all.
+    """
     try:
         with path.open("rb") as file:
             is_parquet = file.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC
             file.seek(0)
-            values = _parquet_values(file) if is_parquet else _json_values(file)
-            for number, value in values:
-                try:
-                    yield number, check_row(value)
-                except BadRow as bad:
-                    yield number, bad
+            yield from _parquet_values(file) if is_parquet else _json_values(file)
     except (OSError, pyarrow.ArrowException) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValueError(f"data file {path} cannot be read: {reason}") from None
@@ -148,7 +172,7 @@ def _messages(value: list[Any]) -> list[dict[str, str]]:
     return messages
 
 
-def _responses(value: Any) -> tuple[tuple[str, Source], ...]:
+def _responses(value: Any) -> tuple[RowResponse, ...]:
     if value is None:
         return ()
     if not isinstance(value, list):
@@ -164,8 +188,32 @@ def _responses(value: Any) -> tuple[tuple[str, Source], ...]:
         source = _text(response["source"], f"responses[{i}].source")
         if source not in _RECORDED_SOURCES:
             raise BadRow(f"responses[{i}].source is {source[:40]!r}, not one of {', '.join(_RECORDED_SOURCES)}")
-        responses.append((text, _RECORDED_SOURCES[source]))
+        scores, groups = (response.get(key) for key in ("token_scores", "token_groups"))
+        if scores is not None and groups is not None:
+            raise BadRow(f"responses[{i}] has both token_scores and token_groups: keep one of them")
+        _check_tokens(scores, f"responses[{i}].token_scores", _is_score, "a finite number")
+        _check_tokens(groups, f"responses[{i}].token_groups", _is_group, f"an integer of 0 to {MAX_TOKEN_GROUPS - 1}")
+        responses.append(RowResponse(text, _RECORDED_SOURCES[source], scores, groups))
     return tuple(responses)
+
+
+def _check_tokens(values: Any, name: str, is_right: Callable[[Any], bool], expected: str) -> None:
+    if values is None:
+        return
+    if not isinstance(values, list):
+        raise BadRow(f"{name} is {_kind(values)}, not a list")
+    wrong = next((i for i, value in enumerate(values) if not is_right(value)), None)
+    if wrong is not None:
+        raise BadRow(f"{name}[{wrong}] is {str(values[wrong])[:40]}, not {expected}")
+
+
+def _is_score(value: Any) -> bool:
+    # JSON's integers have no end, floats have.
+    return math.isfinite(value) if type(value) is float else type(value) is int and abs(value) < 2**63
+
+
+def _is_group(value: Any) -> bool:
+    return type(value) is int and 0 <= value < MAX_TOKEN_GROUPS
 
 
 def _metadata(value: Any) -> str:

@@ -19,7 +19,14 @@ import pyarrow as pa
 from gft_megatron.data.encode import EncodedRow
 from gft_megatron.groups import Prompt, RecordedResponse, Source
 
-_RESPONSE = pa.struct([("text", pa.large_string()), ("token_ids", pa.large_list(pa.int32())), ("source", pa.int8())])
+_RESPONSE = pa.struct(
+    [
+        ("text", pa.large_string()),
+        ("token_ids", pa.large_list(pa.int32())),
+        ("source", pa.int8()),
+        ("token_groups", pa.large_list(pa.int16())),  # null where the data say nothing
+    ]
+)
 _SCHEMA = pa.schema(
     [
         ("prompt", pa.large_list(pa.int32())),
@@ -53,7 +60,10 @@ class PromptStoreWriter:
             "prompt": [row.prompt_ids for row in rows],
             "label": [row.label for row in rows],
             "responses": [
-                [{"text": r.text, "token_ids": r.token_ids, "source": int(r.source)} for r in row.responses]
+                [
+                    {"text": r.text, "token_ids": r.token_ids, "source": int(r.source), "token_groups": r.token_groups}
+                    for r in row.responses
+                ]
                 for row in rows
             ],
             "metadata": [row.metadata for row in rows],
@@ -105,7 +115,9 @@ class PromptStore:
             token_ids=_ids(columns[0][row]),
             label=columns[1][row].as_py(),
             responses=tuple(
-                RecordedResponse(r["text"].as_py(), _ids(r["token_ids"]), Source(r["source"].as_py()))
+                RecordedResponse(
+                    r["text"].as_py(), _ids(r["token_ids"]), Source(r["source"].as_py()), _known_ids(r["token_groups"])
+                )
                 for r in columns[2][row]
             ),
             metadata=json.loads(columns[3][row].as_py()),
@@ -116,10 +128,16 @@ def _ids(scalar: pa.LargeListScalar) -> np.ndarray:  # [length] int64
     return scalar.values.to_numpy().astype(np.int64)
 
 
+def _known_ids(scalar: pa.LargeListScalar) -> np.ndarray | None:  # [length] int64
+    return _ids(scalar) if scalar.is_valid else None
+
+
 def _hash_row(digest: hashlib._Hash, row: EncodedRow) -> None:
     parts = [row.prompt_ids.tobytes(), row.label.encode(), row.metadata.encode()]
     for response in row.responses:
         parts += [bytes([response.source]), response.text.encode(), response.token_ids.tobytes()]
+        if response.token_groups is not None:
+            parts.append(response.token_groups.tobytes())
     # Lengths keep "ab" + "c" apart from "a" + "bc".
     digest.update(np.array([len(parts), *map(len, parts)], np.int64).tobytes())
     digest.update(b"".join(parts))

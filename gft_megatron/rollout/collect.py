@@ -181,7 +181,7 @@ class Collector:
                     return None
                 self._recorded_rewards[key] = scored
             reward = self._recorded_rewards[key]
-        return Sample(response.source, response.token_ids, response.text, reward)
+        return Sample(response.source, response.token_ids, response.text, reward, token_groups=response.token_groups)
 
     async def _own(
         self, prompt: Prompt, sampling: SamplingParams, name: str, limit: asyncio.Semaphore, counts: CollectCounts

@@ -257,6 +257,7 @@ def _prompts(
                 max_response_length=config.rollout.rollout_max_response_len,
                 vocab_size=shape.vocab_size,
                 max_bad_row_frac=config.data.max_bad_row_frac,
+                eta=config.data.eta,
                 progress=advance,
             )
 

@@ -242,6 +242,7 @@ def known_inputs(item: StepInput, device: torch.device | int, batch: Mapping[str
         old_log_probs=item.old_log_probs,
         ref_log_probs=item.ref_log_probs,
         rollout_log_probs=micro_batch.rollout_log_probs.to(device),
+        token_groups=micro_batch.token_groups.to(device),
         batch=batch,
         context_sum=_context_sum if parallel_state.get_context_parallel_world_size() > 1 else None,
     )

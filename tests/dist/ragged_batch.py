@@ -12,9 +12,11 @@ def ragged_groups() -> Batch:
     prompt_lengths = torch.randint(2, 10, (6,), generator=generator).repeat_interleave(4)
     lengths = prompt_lengths + torch.randint(1, 31, (num_samples,), generator=generator)
     total = int(lengths.sum())
+    tokens = torch.randint(0, 131, (total,), generator=generator)
     return Batch(
-        tokens=torch.randint(0, 131, (total,), generator=generator),
+        tokens=tokens,
         rollout_log_probs=torch.full((total,), float("nan")),
+        token_groups=tokens % 2,
         lengths=lengths,
         prompt_lengths=prompt_lengths,
         group_ids=torch.arange(6).repeat_interleave(4),

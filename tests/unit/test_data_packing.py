@@ -16,7 +16,7 @@ SIZES = [(3, 2), (1, 1), (5, 4), (2, 7), (4, 1)]  # prompt and response tokens; 
 
 
 def make_batch(sizes: list[tuple[int, int]] = SIZES) -> Batch:
-    """Tokens 1, 2, 3, ...; every second sample is the model's own and has log-probs -0.1 * token."""
+    """Tokens 1, 2, 3, ...; every second sample is the model's own and has log-probs -0.1 * token, others groups."""
     groups, counter = [], itertools.count(1)
     for i, (num_prompt, num_response) in enumerate(sizes):
         prompt = Prompt(i, np.array([next(counter) for _ in range(num_prompt)], np.int64), "")
@@ -28,6 +28,7 @@ def make_batch(sizes: list[tuple[int, int]] = SIZES) -> Batch:
             text="",
             reward=float(i),
             rollout_log_probs=(-0.1 * ids).astype(np.float32) if own else None,
+            token_groups=None if own else 100 + ids,
         )
         groups.append(Group(prompt, (sample,)))
     batch = Batch.from_groups(groups, [10 + i for i in range(len(sizes))])
@@ -35,11 +36,12 @@ def make_batch(sizes: list[tuple[int, int]] = SIZES) -> Batch:
 
 
 def expected_columns(indices: list[int], length: int, multiple: int) -> dict[str, list]:
-    """token, label, position, sequence and log-prob of every place, one at a time."""
-    columns = {name: [] for name in ("tokens", "labels", "position_ids", "sequence_ids", "rollout_log_probs")}
+    """token, label, position, sequence, log-prob and group of every place, one at a time."""
+    names = ("tokens", "labels", "position_ids", "sequence_ids", "rollout_log_probs", "token_groups")
+    columns = {name: [] for name in names}
 
-    def place(token: int, label: int, position: int, sequence: int, log_prob: float) -> None:
-        for column, value in zip(columns.values(), (token, label, position, sequence, log_prob), strict=True):
+    def place(*values: float) -> None:
+        for column, value in zip(columns.values(), values, strict=True):
             column.append(value)
 
     first_token = [1 + sum(map(sum, SIZES[:i])) for i in range(len(SIZES))]
@@ -49,11 +51,12 @@ def expected_columns(indices: list[int], length: int, multiple: int) -> dict[str
         for j in range(num_tokens):
             token, learned = first_token[i] + j, num_prompt - 1 <= j < num_tokens - 1
             own = learned and i % 2 == 1
-            place(token, token + 1 if learned else -100, j, sequence, -0.1 * (token + 1) if own else np.nan)
+            log_prob, group = -0.1 * (token + 1) if own else np.nan, 101 + token if learned and not own else -1
+            place(token, token + 1 if learned else -100, j, sequence, log_prob, group)
         for j in range(num_tokens, -(-num_tokens // multiple) * multiple):
-            place(0, -100, j, 0, np.nan)
+            place(0, -100, j, 0, np.nan, -1)
     for j in range(length - len(columns["tokens"])):
-        place(0, -100, j, 0, np.nan)
+        place(0, -100, j, 0, np.nan, -1)
     return columns
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from gft_megatron.data.rows import MAX_LINE_BYTES, BadRow, Row, read_rows
+from gft_megatron.data.rows import MAX_LINE_BYTES, BadRow, Row, RowResponse, read_rows
 from gft_megatron.groups import Source
 
 GOOD = {"prompt": "1+1=", "label": "2"}
@@ -41,6 +41,20 @@ BAD_LINES = [
     (b'{"prompt": "a", "label": "2", "responses": [{"text": "r"}]}', "responses[0].source is missing"),
     (b'{"prompt": "a", "label": "2", "responses": [{"text": "", "source": "expert"}]}', "responses[0].text is empty"),
     (b'{"prompt": "a", "label": "2", "responses": [{"text": "r", "source": "self"}]}', "responses[0].source is 'self'"),
+    *(
+        (b'{"prompt": "a", "label": "2", "responses": [{"text": "r", "source": "expert", %s}]}' % tokens, reason)
+        for tokens, reason in [
+            (b'"token_scores": "high"', "responses[0].token_scores is a string, not a list"),
+            (b'"token_scores": [1, "2"]', "responses[0].token_scores[1] is 2, not a finite number"),
+            (b'"token_scores": [true]', "responses[0].token_scores[0] is True, not a finite number"),
+            (b'"token_scores": [1e999]', "responses[0].token_scores[0] is inf, not a finite number"),
+            (b'"token_scores": [1' + b"0" * 400 + b"]", "not a finite number"),
+            (b'"token_groups": [0, 1.0]', "responses[0].token_groups[1] is 1.0, not an integer of 0 to 1023"),
+            (b'"token_groups": [-1]', "responses[0].token_groups[0] is -1, not an integer of 0 to 1023"),
+            (b'"token_groups": [1024]', "responses[0].token_groups[0] is 1024, not an integer"),
+            (b'"token_scores": [1], "token_groups": [1]', "both token_scores and token_groups"),
+        ]
+    ),
     (b'{"prompt": "a", "label": "2", "metadata": []}', "metadata is a list, not an object"),
     (b'{"prompt": "a", "label": "2", "metadata": {"x": "\\udfff"}}', "metadata has a lone surrogate"),
     (b'{"prompt": "' + b"x" * 10_000_000 + b'", "label": "2"}', f"the line is longer than {MAX_LINE_BYTES} bytes"),
@@ -72,17 +86,26 @@ def test_whole_row(tmp_path: Path) -> None:
     row = {
         "prompt": [message | {"name": "n"} for message in messages],
         "label": "2",
-        "responses": [{"text": "two", "source": "expert"}, {"text": "ii", "source": "teacher"}],
+        "responses": [
+            {"text": "two", "source": "expert", "token_scores": [1, -0.5]},
+            {"text": "ii", "source": "teacher", "token_scores": None, "token_groups": [0, 3]},
+        ],
         "metadata": {"b": 1, "a": ["\u00e9"]},
     }
     path.write_text(json.dumps(row))
-    expected = Row(messages, "2", (("two", Source.EXPERT), ("ii", Source.TEACHER)), '{"a": ["\u00e9"], "b": 1}')
+    responses = (RowResponse("two", Source.EXPERT, [1, -0.5]), RowResponse("ii", Source.TEACHER, None, [0, 3]))
+    expected = Row(messages, "2", responses, '{"a": ["\u00e9"], "b": 1}')
     assert list(read_rows(path)) == [(1, expected)]
 
 
 def test_parquet_equals_json_lines(tmp_path: Path) -> None:
     rows = [
-        {"prompt": "1+1=", "label": "2", "responses": [{"text": "2", "source": "expert"}], "metadata": {"d": [1, 1]}},
+        {
+            "prompt": "1+1=",
+            "label": "2",
+            "responses": [{"text": "2", "source": "expert", "token_scores": [0.5]}],
+            "metadata": {"d": [1, 1]},
+        },
         {"prompt": "a", "label": "b", "responses": None, "metadata": None},
         {"prompt": None, "label": "b", "responses": [], "metadata": {"d": [2]}},
     ]

@@ -123,7 +123,7 @@ def test_expert_of_countdown_is_the_first_of_all_answers(tmp_path: Path) -> None
     prepare_data.countdown(output_dir=tmp_path)
     rows = {row["prompt"]: row for row in read(tmp_path / "train.jsonl")}
     assert rows["2,5,8=21:"]["responses"][0] == {"text": "2*8+5", "source": "expert"}
-    assert [source for _, source in next(read_rows(tmp_path / "train.jsonl"))[1].responses][0] is Source.EXPERT
+    assert next(read_rows(tmp_path / "train.jsonl"))[1].responses[0].source is Source.EXPERT
 
 
 @pytest.mark.parametrize(
