@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -249,6 +250,24 @@ LossConfig = dataclasses.make_dataclass(
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewriteConfig:
+    """Rewriting (CADFT)."""
+
+    rewrite_interval: int = 0
+    """Steps between rewritings of the recorded responses that fit the policy worst; the paper's is 1000. 0: none."""
+    rewrite_warmup: float = 3000
+    """Steps before the first rewriting; below 1, a share of the phase."""
+    rewrite_share: float = 0.005
+    """Share of the recorded responses seen so far that is considered."""
+    rewrite_probability: float = 0.5
+    """Chance that one of these is replaced."""
+    rewrite_temperature: float = 0.7
+    """Sampling temperature of rewrites."""
+    rewrite_top_p: float = 0.9
+    """Nucleus sampling of rewrites."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PhasesConfig:
     """Phases."""
 
@@ -266,6 +285,7 @@ class RunConfig:
     data: DataConfig
     rollout: RolloutConfig
     loss: LossConfig  # type: ignore[valid-type]
+    rewrite: RewriteConfig
     phases: PhasesConfig
     optimizer: OptimizerSettings
     output: OutputConfig
@@ -345,6 +365,19 @@ class RunConfig:
         """How own samples are drawn."""
         rollout = self.rollout
         return SamplingParams(rollout.rollout_max_response_len, rollout.rollout_temperature, rollout.rollout_top_p)
+
+    def rewrites_between(self, before: int, now: int) -> bool:
+        """Whether a rewriting was due in the steps (before, now] of the phase."""
+        interval, warmup = self.rewrite.rewrite_interval, self.rewrite.rewrite_warmup
+        first = math.ceil(warmup * self.train_iters if warmup < 1 else warmup)
+        return interval > 0 and now > first and max(before - first, 0) // interval < (now - first) // interval
+
+    @property
+    def rewrite_sampling(self) -> SamplingParams:
+        """How rewrites are drawn."""
+        return SamplingParams(
+            self.rollout.rollout_max_response_len, self.rewrite.rewrite_temperature, self.rewrite.rewrite_top_p
+        )
 
     @property
     def max_prompt_length(self) -> int:

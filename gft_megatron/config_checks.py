@@ -33,6 +33,7 @@ def check_config(config: RunConfig) -> None:
         raise ValueError("--train-iters is missing: the number of optimizer steps (or --phases)")
     _require_known_loss(config)
     _require_groups(config)
+    _require_token_groups(config)
     _require_reference(config)
     _try_hyper_parameters(config)
 
@@ -76,6 +77,15 @@ def _require_groups(config: RunConfig) -> None:
         raise ValueError(f"--mix-loss {config.loss.mix_loss} learns from recorded responses: add --n-expert 1")
     if config.changes("kl_coef") and config.loss.kl_in == "reward" and not (compares and sizes.n_self):
         raise ValueError(f"--kl-in reward: --loss {config.loss.loss} on {given} reads no rewards of own samples")
+
+
+def _require_token_groups(config: RunConfig) -> None:
+    if "token_groups" in required_inputs(config.loss_function) and config.group_sizes.n_self:
+        raise ValueError(
+            f"--loss {config.loss.loss} needs a score for each token, and own samples have none: add --n-self 0"
+        )
+    if config.rewrite.rewrite_interval and not config.group_sizes.n_expert + config.group_sizes.n_teacher:
+        raise ValueError("--rewrite-interval replaces recorded responses, and there are none: add --n-expert 1")
 
 
 def _require_reference(config: RunConfig) -> None:
@@ -133,6 +143,17 @@ def _require_sizes(config: RunConfig) -> None:
         raise ValueError(f"--rollout-temperature is {config.rollout.rollout_temperature}; it has to be positive")
     if not 0 < config.rollout.rollout_top_p <= 1:
         raise ValueError(f"--rollout-top-p is {config.rollout.rollout_top_p}; it has to be above 0 and at most 1")
+    rewrite = config.rewrite
+    for name, value, least, most in (
+        ("rewrite_interval", rewrite.rewrite_interval, 0, math.inf),
+        ("rewrite_warmup", rewrite.rewrite_warmup, 0, math.inf),
+        ("rewrite_share", rewrite.rewrite_share, 0, 1),
+        ("rewrite_probability", rewrite.rewrite_probability, 0, 1),
+        ("rewrite_temperature", rewrite.rewrite_temperature, 0, math.inf),
+        ("rewrite_top_p", rewrite.rewrite_top_p, 0, 1),
+    ):
+        if not least <= value <= most:
+            raise ValueError(f"{flag_of(name)} is {value}; it has to be between {least} and {most}")
     if not 0 < config.data.eta < 1:
         raise ValueError(f"--eta is {config.data.eta}; it has to be above 0 and below 1")
     if not 0 < config.optimizer.lr < math.inf:

@@ -67,6 +67,8 @@ class Sample:
     truncated: bool = False
     rollout_log_probs: np.ndarray | None = None  # [response length] float32, None for recorded responses
     weight_spans: tuple[WeightSpan, ...] = ()
+    response: int = -1
+    """Which of the row's recorded responses it is; -1 for own samples."""
     token_groups: np.ndarray | None = None  # [response length] int64 >= 0, None where the data say nothing
 
 
@@ -93,6 +95,8 @@ class Batch:
     advantages: Tensor  # [n] float32
     truncated: Tensor  # [n] bool
     weight_versions: Tensor  # [n] int64, oldest version a token was sampled with; -1 for recorded responses
+    rows: Tensor  # [n] int64, see Prompt.row
+    responses: Tensor  # [n] int64, see Sample.response
 
     @property
     def num_samples(self) -> int:
@@ -127,6 +131,8 @@ class Batch:
                 columns["advantages"].append(0.0)
                 columns["truncated"].append(sample.truncated)
                 columns["weight_versions"].append(min((span.version for span in sample.weight_spans), default=-1))
+                columns["rows"].append(group.prompt.row)
+                columns["responses"].append(sample.response)
         return Batch(
             tokens=torch.from_numpy(np.concatenate(tokens).astype(np.int64)),
             rollout_log_probs=torch.from_numpy(np.concatenate(log_probs).astype(np.float32)),
@@ -169,4 +175,6 @@ _SAMPLE_COLUMNS = {
     "advantages": torch.float32,
     "truncated": torch.bool,
     "weight_versions": torch.int64,
+    "rows": torch.int64,
+    "responses": torch.int64,
 }

@@ -201,4 +201,6 @@ _PLACEHOLDER = Batch(
     advantages=torch.zeros(1),
     truncated=torch.zeros(1, dtype=torch.bool),
     weight_versions=torch.full((1,), -1),
+    rows=torch.full((1,), -1),
+    responses=torch.full((1,), -1),
 )

@@ -150,6 +150,18 @@ class Collector:
 
         return list(await asyncio.gather(*map(of, prompts)))
 
+    async def draw(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, names: Sequence[str]
+    ) -> list[Completion | None]:
+        """One completion of each prompt, unscored; None where none came. `names` tell the requests apart."""
+        limit = asyncio.Semaphore(self.max_concurrent_samples)
+
+        async def of(prompt: Prompt, name: str) -> Completion | None:
+            async with limit:
+                return await self._generate(prompt, sampling, name)
+
+        return list(await asyncio.gather(*map(of, prompts, names)))
+
     async def _group(
         self, prompt: Prompt, recipe: GroupRecipe, name: str, limit: asyncio.Semaphore, counts: CollectCounts
     ) -> Group | None:
@@ -181,7 +193,14 @@ class Collector:
                     return None
                 self._recorded_rewards[key] = scored
             reward = self._recorded_rewards[key]
-        return Sample(response.source, response.token_ids, response.text, reward, token_groups=response.token_groups)
+        return Sample(
+            response.source,
+            response.token_ids,
+            response.text,
+            reward,
+            response=index,
+            token_groups=response.token_groups,
+        )
 
     async def _own(
         self, prompt: Prompt, sampling: SamplingParams, name: str, limit: asyncio.Semaphore, counts: CollectCounts

@@ -20,6 +20,7 @@ from gft_megatron.losses import required_inputs
 from gft_megatron.observe.console import SampleRow
 from gft_megatron.observe.report import write_curves
 from gft_megatron.phases import Phase, phase_at
+from gft_megatron.rewriting import write_rewrites
 from gft_megatron.rollout.collect import GroupRecipe
 from gft_megatron.training.checkpoint import layout, save_checkpoint
 from gft_megatron.training.exchange import max_over_ranks
@@ -67,6 +68,7 @@ def _train(config: RunConfig, run: Run, saved: dict[str, Any] | None) -> dict[st
         rollout = _collect(phase, run, progress)
         _update(phase, run, progress, rollout)
         progress.rollout_id += 1
+        _rewrite(phase, run, progress, before)
         at_end = progress.iteration == run.phases[-1].end
         if _is_due(before, progress.iteration, config.output.eval_interval, at_end):
             _evaluate(config, run, phase, progress, evaluations)
@@ -92,7 +94,7 @@ def _collect(phase: Phase, run: Run, progress: Progress) -> Rollout:
         _update_weights(run, progress)
     with run.timings.measure("rollout"):
         rollout = run.workers.collect(
-            run.train_prompts,
+            run.rewritten_prompts if run.rewrites is not None else run.train_prompts,
             run.order,
             recipe,
             num_groups=config.rollout.rollout_batch_size,
@@ -165,6 +167,9 @@ def _update(phase: Phase, run: Run, progress: Progress, rollout: Rollout) -> Non
     for prepared in steps:
         objective = _objective(phase, run, progress.iteration - phase.start)
         result = train_step(run.chunks, run.optimizer, run.scheduler, prepared.inputs, objective, batch=run.batch_sums)
+        if run.rewrites is not None:
+            batch = prepared.mini_batch
+            run.rewrites.observe(batch.rows, batch.responses, result.figures.sample_nll)
         if config.loss.batch_statistics == "previous-step":
             run.batch_sums = result.figures.sums
         progress.iteration += 1
@@ -176,6 +181,36 @@ def _update(phase: Phase, run: Run, progress: Progress, rollout: Rollout) -> Non
         metrics = {}  # a rollout's own figures belong to its first step
         if progress.iteration == phase.end:
             return
+
+
+def _rewrite(phase: Phase, run: Run, progress: Progress, before: int) -> None:
+    """Replace the recorded responses that fit the policy worst, if that is due."""
+    config = phase.config
+    if run.rewrites is None or not config.rewrites_between(before - phase.start, progress.iteration - phase.start):
+        return
+    _update_weights(run, progress)
+    name = f"rewrite/{progress.iteration}"
+    with run.timings.measure("rewrite"):
+        places = run.rewrites.choose(
+            share=config.rewrite.rewrite_share,
+            probability=config.rewrite.rewrite_probability,
+            seed=f"{config.optimizer.seed}/{name}",
+        )
+        found = run.workers.rewrite(run.train_prompts, places, config.rewrite_sampling, name=name)
+        for place, token_ids in zip(places, found, strict=True):
+            run.rewrites.put(place, token_ids)
+    if dist.get_rank() == 0:
+        write_rewrites(Path(config.output.run_dir) / "rewrites.jsonl", run.rewritten_prompts)
+    figures = {
+        "rewrite/replaced": float(sum(token_ids is not None for token_ids in found)),
+        "rewrite/in_data": float(len(run.rewrites.replaced)),
+        "rewrite/refused": float(run.rewrites.refused),
+    }
+    _record(run, progress.iteration, figures)
+    run.console.info(
+        f"step {progress.iteration}: rewrote {sum(token_ids is not None for token_ids in found)} of {len(places)} responses that fit "
+        f"the policy worst; {len(run.rewrites.replaced)} in all"
+    )
 
 
 def _log_step(
@@ -206,11 +241,15 @@ def _log_step(
 
 
 def _report(run: Run, step: int, figures: dict[str, float]) -> None:
+    _record(run, step, figures)
+    run.console.step(step, figures)
+
+
+def _record(run: Run, step: int, figures: dict[str, float]) -> None:
     if run.metrics_log is not None:
         run.metrics_log.log(step, figures)
     for tracker in run.trackers:
         tracker.log(step, figures)
-    run.console.step(step, figures)
 
 
 def _evaluate(
@@ -252,6 +291,7 @@ def _save(
         "phase": phase.index,
         "batch_sums": None if sums is None else {name: value.tolist() for name, value in sums.items()},
         "order": run.order.state_dict(),
+        "rewrites": None if run.rewrites is None else run.rewrites.state_dict(),
         "evaluations": evaluations,
         "layout": layout(),
     }

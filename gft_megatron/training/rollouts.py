@@ -6,7 +6,9 @@ import asyncio
 import math
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -15,8 +17,9 @@ from torch import Tensor
 from gft_megatron.data.order import PromptOrder
 from gft_megatron.data.store import PromptStore
 from gft_megatron.groups import Batch, Group, Source
+from gft_megatron.rewriting import Place, RewrittenPrompts
 from gft_megatron.rollout.collect import CollectCounts, Collector, GroupRecipe
-from gft_megatron.rollout.engine import SamplingParams
+from gft_megatron.rollout.engine import Completion, FinishReason, SamplingParams
 from gft_megatron.training.exchange import gather_batch, max_over_ranks, sum_over_ranks
 from gft_megatron.training.parallel import is_replica_leader
 
@@ -69,7 +72,7 @@ class RolloutWorkers:
 
     def collect(
         self,
-        store: PromptStore,
+        store: PromptStore | RewrittenPrompts,
         order: PromptOrder,
         recipe: GroupRecipe,
         *,
@@ -116,7 +119,13 @@ class RolloutWorkers:
         )
 
     def _collect_share(
-        self, store: PromptStore, rows: list[int], recipe: GroupRecipe, *, first_id: int, rollout_id: int
+        self,
+        store: PromptStore | RewrittenPrompts,
+        rows: list[int],
+        recipe: GroupRecipe,
+        *,
+        first_id: int,
+        rollout_id: int,
     ) -> tuple[list[Group], Batch, CollectCounts]:
         groups: list[Group] = []
         mine = Batch.from_groups([], [])
@@ -130,6 +139,26 @@ class RolloutWorkers:
         *sums, generate_sec, reward_sec = astuple(counts)
         total = CollectCounts(*map(int, sum_over_ranks(sums)), *max_over_ranks([generate_sec, reward_sec]))
         return groups, gather_batch(mine), total
+
+    def rewrite(
+        self, store: PromptStore, places: list[Place], sampling: SamplingParams, *, name: str
+    ) -> list[np.ndarray | None]:
+        """The policy's own response for each place; None where it was empty, did not end, or did not come."""
+        mine: list[tuple[int, np.ndarray | None]] = []
+        if self._collector is not None:
+            share = range(self._index, len(places), self._size)
+            completions = self._loop.run_until_complete(
+                self._collector.draw(
+                    [store[places[i][0]] for i in share],
+                    sampling,
+                    names=[f"{name}/{places[i][0]}/{places[i][1]}" for i in share],
+                )
+            )
+            mine = [(i, _finished(completion)) for i, completion in zip(share, completions, strict=True)]
+        everybody: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everybody, mine)
+        found = dict(pair for part in everybody for pair in part)
+        return [found[i] for i in range(len(places))]
 
     def evaluate(
         self, store: PromptStore, sampling: SamplingParams, *, num_samples: int, name: str
@@ -174,6 +203,12 @@ def trained_part(batch: Batch, *, skip_zero_variance: bool, mask_truncated: bool
     """The samples that are trained on; see `RolloutWorkers.collect`."""
     batch = with_variance(batch) if skip_zero_variance else batch
     return without_truncated(batch) if mask_truncated else batch
+
+
+def _finished(completion: Completion | None) -> np.ndarray | None:  # [response length] int64
+    if completion is None or completion.finish_reason is not FinishReason.STOP or len(completion.token_ids) < 2:
+        return None
+    return completion.token_ids.astype(np.int64)
 
 
 def with_variance(batch: Batch) -> Batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from gft_megatron.convert.model_shape import ModelShape
 from gft_megatron.data.order import PromptOrder
 from gft_megatron.data.prompts import PromptStoreInfo, prepare_prompts
 from gft_megatron.data.store import PromptStore
+from gft_megatron.losses import required_inputs
 from gft_megatron.observe.console import Console, build_console
 from gft_megatron.observe.metrics import MetricsLog, Timings
 from gft_megatron.observe.trackers import Tracker, build_trackers
 from gft_megatron.phases import Phase, phase_at, resolve_phases
 from gft_megatron.rewards import build_reward
+from gft_megatron.rewriting import Rewrites, RewrittenPrompts
 from gft_megatron.rollout.collect import Collector
 from gft_megatron.rollout.local import LocalEngine
 from gft_megatron.training.checkpoint import find_checkpoint, load_checkpoint
@@ -67,6 +70,8 @@ class Run:
     train_prompts: PromptStore
     eval_prompts: PromptStore | None
     order: PromptOrder
+    rewrites: Rewrites | None
+    """None where no phase rewrites."""
     timings: Timings
     console: Console
     metrics_log: MetricsLog | None
@@ -76,6 +81,11 @@ class Run:
     @property
     def shape(self) -> ModelShape:
         return self.hf_folder.shape
+
+    @property
+    def rewritten_prompts(self) -> RewrittenPrompts:
+        assert self.rewrites is not None
+        return RewrittenPrompts(self.train_prompts, self.rewrites, _decoder(self.tokenizer))
 
     def close(self) -> None:
         self.workers.close()
@@ -124,7 +134,16 @@ def _build_run(
     checkpoint, warning = on_rank_zero(lambda: _find_start(config, run_dir))
     if warning:
         console.warning(warning)
-    train_prompts = _prompts(config, config.data.prompt_data, "train", tokenizer, shape, run_dir, console)
+    train_prompts = _prompts(
+        config,
+        config.data.prompt_data,
+        "train",
+        tokenizer,
+        shape,
+        run_dir,
+        console,
+        needs_token_groups=any("token_groups" in required_inputs(phase.config.loss_function) for phase in phases),
+    )
     eval_prompts = None
     if config.data.eval_prompt_data:
         eval_prompts = _prompts(config, config.data.eval_prompt_data, "eval", tokenizer, shape, run_dir, console)
@@ -165,7 +184,7 @@ def _build_run(
         scheduler.load_state_dict(saved["scheduler"])
     elif phase.reset_optimizer:
         reset_optimizer(optimizer)
-    draws_samples = any(phase.config.group_sizes.n_self for phase in phases)
+    draws_samples = any(phase.config.group_sizes.n_self or phase.config.rewrite.rewrite_interval for phase in phases)
     run = Run(
         device=device,
         hf_folder=hf_folder,
@@ -186,12 +205,20 @@ def _build_run(
         train_prompts=train_prompts,
         eval_prompts=eval_prompts,
         order=order,
+        rewrites=_rewrites(phases, saved),
         timings=Timings(),
         console=console,
         metrics_log=MetricsLog(run_dir / "metrics.jsonl", resume_step=step) if is_main else None,
         trackers=build_trackers(config.output.trackers, run_dir, resume_step=step) if is_main else [],
     )
     return run, saved
+
+
+def _rewrites(phases: tuple[Phase, ...], saved: dict[str, Any] | None) -> Rewrites | None:
+    if not any(phase.config.rewrite.rewrite_interval for phase in phases):
+        return None
+    state = saved["rewrites"] if saved else None
+    return Rewrites() if state is None else Rewrites.from_state(state)
 
 
 def _saved_sums(saved: dict[str, Any] | None, phase: Phase, device: torch.device) -> dict[str, torch.Tensor] | None:
@@ -243,6 +270,8 @@ def _prompts(
     shape: ModelShape,
     run_dir: Path,
     console: Console,
+    *,
+    needs_token_groups: bool = False,
 ) -> PromptStore:
     store = run_dir / f"{name}_prompts.arrow"
 
@@ -266,6 +295,11 @@ def _prompts(
         f"{name} data: {info.num_rows} prompts with {info.num_expert} expert and {info.num_teacher} teacher responses, "
         f"{info.num_bad_rows} bad rows" + (f" (see {info.quarantine_path})" if info.num_bad_rows else "")
     )
+    if needs_token_groups and info.num_scored < info.num_expert + info.num_teacher:
+        raise ValueError(
+            f"{info.num_expert + info.num_teacher - info.num_scored} recorded responses have no token_scores, which a "
+            f"loss of this run needs: write them with tools/score_tokens.py"
+        )
     prompts = PromptStore(store)
     if prompts.fingerprint != info.fingerprint:
         raise ValueError(
@@ -294,6 +328,10 @@ def _reference(
     return Reference(chunks, folder, padded_vocab_size=vocab_size)
 
 
+def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+
+
 def _workers(
     config: RunConfig,
     hf_folder: HfFolder,
@@ -316,7 +354,7 @@ def _workers(
     collector = Collector(
         engine=engine,
         reward=build_reward(config.rollout.rm_type),
-        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        decode=_decoder(tokenizer),
         seed=config.optimizer.seed,
         max_concurrent_samples=config.rollout.max_concurrent_samples,
     )

@@ -25,4 +25,6 @@ def ragged_groups() -> Batch:
         advantages=torch.randn(num_samples, generator=generator),
         truncated=torch.zeros(num_samples, dtype=torch.bool),
         weight_versions=torch.zeros(num_samples, dtype=torch.int64),
+        rows=torch.arange(6).repeat_interleave(4),
+        responses=torch.tensor([0, 1, -1, -1]).repeat(6),
     )
