@@ -31,7 +31,7 @@ PER_TOKEN = (*PER_TOKEN, "token_groups")
 
 
 def make_inputs(**changes) -> LossInputs:
-    generator = torch.Generator().manual_seed(29)
+    generator = torch.Generator().manual_seed(13)
     columns = {name: [] for name in PER_TOKEN}
     for i, (source, _, mean, lead, length) in enumerate(RESPONSES):
         uniform, normal = torch.rand(4, length, generator=generator), torch.randn(3, length, generator=generator)
