@@ -321,7 +321,7 @@ def test_no_token_at_all():
 
 
 @pytest.mark.parametrize(
-    "name", ["asft", "f_divergence", "chord_mu", "srft", "uft", "iw_sft", "poft", "sft_go", "cadft"]
+    "name", ["asft", "f_divergence", "chord_mu", "srft", "uft", "iw_sft", "poft", "sft_go", "cadft", "discriminative"]
 )
 @pytest.mark.parametrize("junk", [0.0, -700.0, 1e38])
 def test_masked_positions_change_nothing(name, junk):
