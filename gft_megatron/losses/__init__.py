@@ -11,6 +11,7 @@ from gft_megatron.losses.cadft import cadft
 from gft_megatron.losses.chord import chord_mu, chord_phi
 from gft_megatron.losses.cispo import cispo
 from gft_megatron.losses.dft import dft
+from gft_megatron.losses.discriminative import discriminative, discriminative_mean
 from gft_megatron.losses.eaft import eaft
 from gft_megatron.losses.f_divergence import f_divergence
 from gft_megatron.losses.gft import gft
@@ -51,6 +52,8 @@ LOSSES: dict[str, LossFn] = {
     "iw_sft": iw_sft,
     "poft": poft,
     "f_divergence": f_divergence,
+    "discriminative": discriminative,
+    "discriminative_mean": discriminative_mean,
     "chord_mu": chord_mu,
     "chord_phi": chord_phi,
     "srft": srft,

@@ -95,7 +95,7 @@ def required_inputs(loss: LossFn) -> frozenset[str]:
 BatchSums = Callable[["LossInputs"], dict[str, Tensor]]
 
 
-def over_batch(sums: BatchSums, *, of_policy: bool = True) -> Callable[[LossFn], LossFn]:
+def over_batch(sums: BatchSums, *, of_policy: bool = True, of_this_batch: bool = False) -> Callable[[LossFn], LossFn]:
     """Declare sums over the whole sequences of the global batch that a loss reads as `LossInputs.batch`.
 
     Args:
@@ -103,6 +103,7 @@ def over_batch(sums: BatchSums, *, of_policy: bool = True) -> Callable[[LossFn],
             (`sequence_sums`). The training loop adds them up over micro-batches and data-parallel ranks, from a
             forward-only pass or from the step before; where it did not, they are taken of the loss's own inputs.
         of_policy: False: `sums` does not look at log_probs, entropy or ref_kl, so that no forward pass is needed.
+        of_this_batch: True: the sums of the step before mean nothing for this one.
     """
 
     def decorate(loss: LossFn) -> LossFn:
@@ -114,6 +115,7 @@ def over_batch(sums: BatchSums, *, of_policy: bool = True) -> Callable[[LossFn],
 
         with_batch.batch_sums = sums  # type: ignore[attr-defined]
         with_batch.batch_sums_of_policy = of_policy  # type: ignore[attr-defined]
+        with_batch.batch_sums_of_this_batch = of_this_batch  # type: ignore[attr-defined]
         return with_batch
 
     return decorate
@@ -127,6 +129,11 @@ def batch_sums(loss: LossFn) -> BatchSums | None:
 def batch_sums_of_policy(loss: LossFn) -> bool:
     """Whether these sums take a forward pass; False also for a loss without any."""
     return getattr(loss, "batch_sums_of_policy", False)
+
+
+def batch_sums_of_this_batch(loss: LossFn) -> bool:
+    """Whether these sums cannot be replaced by those of the step before."""
+    return getattr(loss, "batch_sums_of_this_batch", False)
 
 
 Responses = Literal["recorded", "mixed", "own"]

@@ -23,6 +23,7 @@ from gft_megatron.losses.inputs import (
     LossOutput,
     batch_sums,
     batch_sums_of_policy,
+    batch_sums_of_this_batch,
     default_schedules,
     is_token_local,
     natural_responses,
@@ -131,6 +132,8 @@ def with_terms(
     if any(map(batch_sums, parts.values())):
         combined.batch_sums = _sums_of(parts)  # type: ignore[attr-defined]
         combined.batch_sums_of_policy = any(map(batch_sums_of_policy, parts.values()))  # type: ignore[attr-defined]
+        this_batch = any(map(batch_sums_of_this_batch, parts.values()))
+        combined.batch_sums_of_this_batch = this_batch  # type: ignore[attr-defined]
     return combined
 
 

@@ -52,7 +52,7 @@ def test_some_tokens_of_a_batch_keep_all_their_numbers() -> None:
 
 
 # Losses in which a token's loss depends on other tokens.
-NOT_TOKEN_LOCAL = {"gspo", "cadft", "sft_go", "iw_sft", "poft"}
+NOT_TOKEN_LOCAL = {"gspo", "cadft", "sft_go", "iw_sft", "poft", "discriminative", "discriminative_mean"}
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -19,7 +19,7 @@ from ragged_responses import (
 )
 
 from gft_megatron.losses import LOSSES, required_inputs
-from gft_megatron.losses.inputs import batch_sums, batch_sums_of_policy, default_schedules
+from gft_megatron.losses.inputs import batch_sums, batch_sums_of_policy, batch_sums_of_this_batch, default_schedules
 
 NUM_TOKENS = sum(response[4] for response in RESPONSES)
 
@@ -117,6 +117,35 @@ def poft(beta=1.0, gamma=0.0):
     return formula
 
 
+# Discriminative Finetuning
+
+
+def discriminative(score, of_means):
+    def formula(tokens):
+        responses, losses = by_response(tokens), {}
+        experts = {i for i, response in responses.items() if response[0].source == 0}
+        groups = [[i for i in responses if i % 2 == parity] for parity in (0, 1)]
+        for members in groups:
+            negatives = {i: math.exp(score(responses[i])) for i in members if i not in experts}
+            for i in members:
+                weight = 1.0 if i in experts else -negatives[i] / sum(negatives.values())
+                scale = len(tokens) / len(experts) / len(responses[i]) if of_means else 1.0
+                for k in responses[i]:
+                    losses[id(k)] = -weight * scale * k.log_prob
+            assert len(negatives) > 1 and len(experts.intersection(members)) == 1
+        return {t: losses[id(k)] for t, k in tokens.items()}
+
+    return formula
+
+
+def ratio_of_response(response):
+    return sum(k.log_prob.item() - k.ref for k in response)
+
+
+def cool_mean(response):
+    return mean(k.log_prob for k in response) / 0.3
+
+
 CASES = {
     "cadft": ("cadft", {}, cadft(1.0)),
     "cadft strong": ("cadft", {"beta": 3.0}, cadft(3.0)),
@@ -127,6 +156,8 @@ CASES = {
     "iw_sft": ("iw_sft", {}, iw_sft()),
     "iw_sft low": ("iw_sft", {"weight_scale": 0.5, "weight_max": 1.5}, iw_sft(0.5, 1.5)),
     "iw_sft by token": ("iw_sft", {"token_clip": 0.8}, iw_sft_by_token(0.2, 1.8)),
+    "discriminative": ("discriminative", {}, discriminative(ratio_of_response, of_means=False)),
+    "discriminative_mean": ("discriminative_mean", {}, discriminative(cool_mean, of_means=True)),
     "poft": ("poft", {}, poft()),
     "poft sharp": ("poft", {"beta": 2.5, "gamma": -0.4}, poft(2.5, -0.4)),
 }
@@ -164,7 +195,7 @@ def test_micro_batches_of_one_batch_have_its_losses_and_metrics(name, hyper):
         torch.testing.assert_close(together / NUM_TOKENS, value, rtol=1e-5, atol=1e-7)
     if sums is not None:
         alone = torch.cat([loss(dataclasses.replace(part, batch=None), **hyper)[0] for part in parts])
-        needs_batch = hyper or name in ("cadft", "sft_go", "uft")
+        needs_batch = hyper or name in ("cadft", "sft_go", "uft", "discriminative", "discriminative_mean")
         assert torch.equal(alone, expected) != (bool(needs_batch) and hyper != {"per_sample": True})
 
 
@@ -317,12 +348,52 @@ def test_poft_at_the_reference_has_half_the_gradient_of_cross_entropy():
     torch.testing.assert_close(gradients(LOSSES["poft"], at_reference), gradients(LOSSES["sft"], inputs) / 2)
 
 
+@pytest.mark.parametrize("name", ["discriminative", "discriminative_mean"])
+def test_discriminative_of_demonstrations_alone_is_cross_entropy(name):
+    """Of the mean over responses, for the second."""
+    inputs = make_inputs(sources=torch.zeros(len(RESPONSES), dtype=torch.int64))
+    loss, metrics = LOSSES[name](inputs)
+    sft = LOSSES["sft"](inputs)[0]
+    means = [mean(sft[inputs.mask & (inputs.sequence_ids == i)]) for i in range(len(RESPONSES)) if RESPONSES[i][4]]
+    expected = float(sft.detach().sum()) / NUM_TOKENS if name == "discriminative" else mean(means)
+    assert float(loss.detach().sum()) / NUM_TOKENS == pytest.approx(expected, rel=1e-6)
+    assert metrics["negative_weight_mean"] == 0
+
+
+def test_discriminative_without_a_demonstration_has_no_loss():
+    inputs = make_inputs(sources=torch.ones(len(RESPONSES), dtype=torch.int64))
+    for name in ("discriminative", "discriminative_mean"):
+        assert (LOSSES[name](inputs)[0] == 0).all()
+
+
+def test_discriminative_knows_scores_far_from_zero():
+    inputs = make_inputs()
+    for shift in (500.0, -500.0):
+        far = make_inputs(ref_log_probs=(inputs.ref_log_probs - shift).where(inputs.mask, 0.0))
+        loss, _ = LOSSES["discriminative"](far)
+        loss.sum().backward()
+        assert loss.isfinite().all() and far.log_probs.grad.isfinite().all()
+
+
+def test_discriminative_needs_the_sums_of_its_own_batch():
+    assert batch_sums_of_this_batch(LOSSES["discriminative"]) and not batch_sums_of_this_batch(LOSSES["cadft"])
+    with pytest.raises(ValueError, match=r"group_ids has 65536; groups are numbered in \[0, 65536\)"):
+        LOSSES["discriminative"](make_inputs(group_ids=torch.full((len(RESPONSES),), 65536)))
+
+
 # What is declared and what is refused
 
 
 @pytest.mark.parametrize(
     ("name", "fields"),
-    [("cadft", set()), ("sft_go", {"token_groups"}), ("iw_sft", {"ref_log_probs"}), ("poft", {"ref_log_probs"})],
+    [
+        ("cadft", set()),
+        ("sft_go", {"token_groups"}),
+        ("iw_sft", {"ref_log_probs"}),
+        ("poft", {"ref_log_probs"}),
+        ("discriminative", {"ref_log_probs"}),
+        ("discriminative_mean", set()),
+    ],
 )
 def test_missing_inputs_are_named(name, fields):
     assert required_inputs(LOSSES[name]) == fields
@@ -356,6 +427,6 @@ def test_hyper_parameters_out_of_range_are_named(name, hyper, value):
 
 def test_no_token_at_all():
     nothing = make_inputs(mask=torch.zeros_like(make_inputs().mask))
-    for name in ("cadft", "sft_go", "iw_sft", "poft"):
+    for name in ("cadft", "sft_go", "iw_sft", "poft", "discriminative", "discriminative_mean"):
         loss, metrics = LOSSES[name](nothing)
         assert (loss == 0).all() and all(math.isfinite(value) for value in metrics.values())
