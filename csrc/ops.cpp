@@ -225,6 +225,45 @@ Tensor rectified_sweep_(const Tensor& logits, Tensor grad, const Tensor& labels,
   return log_prob;
 }
 
+void check_reference(const Tensor& ref_logits, const Tensor& logits) {
+  check_rows("ref_logits", ref_logits);
+  TORCH_CHECK_VALUE(ref_logits.sizes() == logits.sizes() && ref_logits.scalar_type() == logits.scalar_type() &&
+                        ref_logits.device() == logits.device(),
+                    "ref_logits must match logits: ", logits.sizes(), " ", logits.scalar_type(), " on ",
+                    logits.device(), ", got ", ref_logits.sizes(), " ", ref_logits.scalar_type(), " on ",
+                    ref_logits.device());
+}
+
+// The KL has no CUDA kernels: ops/kl.py takes the plain PyTorch of ops/reference.py there.
+Tensor kl_stats(const Tensor& logits, const Tensor& ref_logits, const Tensor& labels, int64_t valid_vocab,
+                double inv_temperature) {
+  const Tensor rows = row_vector("labels", labels, logits, at::kLong);
+  const Shard shard = make_shard(logits, rows, 0, valid_vocab, inv_temperature);
+  check_reference(ref_logits, logits);
+  Tensor stats = at::empty({logits.size(0), 5}, logits.options().dtype(at::kDouble));
+  cpu::kl_stats({shard, ref_logits.const_data_ptr(), ref_logits.stride(0), stats.mutable_data_ptr<double>()});
+  return stats;
+}
+
+void kl_grad_(const Tensor& logits, const Tensor& ref_logits, Tensor grad, const Tensor& labels, int64_t valid_vocab,
+              double inv_temperature, const Tensor& max, const Tensor& log_sum, const Tensor& ref_max,
+              const Tensor& ref_log_sum, const Tensor& grad_kl) {
+  const Tensor rows = row_vector("labels", labels, logits, at::kLong);
+  const Shard shard = make_shard(logits, rows, 0, valid_vocab, inv_temperature);
+  check_reference(ref_logits, logits);
+  check_grad(grad, logits);
+  TORCH_CHECK_VALUE(grad.numel() == 0 || !rows_overlap(grad, ref_logits), "grad and ref_logits overlap");
+  const Tensor row_max = row_vector("max", max, logits, at::kFloat);
+  const Tensor row_log_sum = row_vector("log_sum", log_sum, logits, at::kFloat);
+  const Tensor row_ref_max = row_vector("ref_max", ref_max, logits, at::kFloat);
+  const Tensor row_ref_log_sum = row_vector("ref_log_sum", ref_log_sum, logits, at::kFloat);
+  const Tensor row_grad_kl = row_vector("grad_kl", grad_kl, logits, at::kFloat);
+  cpu::kl_grad({shard, ref_logits.const_data_ptr(), ref_logits.stride(0), grad.mutable_data_ptr(), grad.stride(0),
+                row_max.const_data_ptr<float>(), row_log_sum.const_data_ptr<float>(),
+                row_ref_max.const_data_ptr<float>(), row_ref_log_sum.const_data_ptr<float>(),
+                row_grad_kl.const_data_ptr<float>()});
+}
+
 template <typename Device>
 std::tuple<Tensor, Tensor> segment_sums(const Tensor& values, const std::optional<Tensor>& mask,
                                         const Tensor& segment_ids, int64_t num_segments) {
@@ -281,6 +320,13 @@ TORCH_LIBRARY(gft_megatron, m) {
   m.def(
       "rectified_sweep_(Tensor logits, Tensor(a!) grad, Tensor labels, int valid_vocab, float inv_temperature, "
       "Tensor weight, Tensor tau) -> Tensor");
+  // Two logits [n, v/p] of one dtype -> [n, 5] fp64 (rows.h)
+  m.def(
+      "kl_stats(Tensor logits, Tensor ref_logits, Tensor labels, int valid_vocab, float inv_temperature) -> Tensor");
+  // Writes dL/dlogits [n, v/p] from dL/dKL [n] fp32; grad may be logits.
+  m.def(
+      "kl_grad_(Tensor logits, Tensor ref_logits, Tensor(a!) grad, Tensor labels, int valid_vocab, "
+      "float inv_temperature, Tensor max, Tensor log_sum, Tensor ref_max, Tensor ref_log_sum, Tensor grad_kl) -> ()");
   // values [n] fp32, mask [n] bool, segment_ids [n] int64 non-decreasing -> sums, counts [num_segments] fp32
   m.def(
       "segment_sums(Tensor values, Tensor? mask, Tensor segment_ids, SymInt num_segments) -> (Tensor sums, Tensor "
@@ -295,6 +341,8 @@ TORCH_LIBRARY_IMPL(gft_megatron, CPU, m) {
   m.impl("combine_stats", combine_stats<Cpu>);
   m.impl("row_grad_", row_grad_<Cpu>);
   m.impl("rectified_sweep_", rectified_sweep_<Cpu>);
+  m.impl("kl_stats", kl_stats);
+  m.impl("kl_grad_", kl_grad_);
   m.impl("segment_sums", segment_sums<Cpu>);
   m.impl("group_advantages", group_advantages<Cpu>);
 }

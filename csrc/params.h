@@ -66,6 +66,27 @@ struct SweepParams {
   float* log_prob;
 };
 
+// The rows of the policy (shard) and of a reference with the same columns.
+struct KlStatsParams {
+  Shard shard;
+  const void* ref_logits;  // [n, width]
+  int64_t ref_row_stride;
+  double* stats;  // [n, 5], see rows.h
+};
+
+struct KlGradParams {
+  Shard shard;
+  const void* ref_logits;  // [n, width]
+  int64_t ref_row_stride;
+  void* grad;  // [n, width], may be shard.logits itself
+  int64_t grad_row_stride;
+  const float* max;  // [n], and so all below
+  const float* log_sum;
+  const float* ref_max;
+  const float* ref_log_sum;
+  const float* grad_kl;
+};
+
 // Sums over the tokens of each sequence. Segment ids do not decrease, so every segment is one stretch of values.
 struct SegmentSumParams {
   const float* values;         // [n]

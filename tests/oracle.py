@@ -85,6 +85,15 @@ def assert_promised_grad(
     assert not grad[~live].any() and not grad[:, vocab:].any()
 
 
+@dataclass(frozen=True)
+class DenseKl:
+    """KL(reference || policy), the gradient of sum(grad_kl * KL), and what is added up to it in absolute value."""
+
+    kl: Tensor  # [n] fp64
+    grad: Tensor  # [n, v] fp64
+    size: Tensor  # [n, v] fp64: (p + q) |grad_kl| / temperature, more where log p is rounded to more than 5e-6
+
+
 def dense_kl(
     logits: Tensor,  # [n, v]
     ref_logits: Tensor,  # [n, v]
@@ -93,8 +102,8 @@ def dense_kl(
     labels: Tensor | None = None,  # [n], -100: ignored
     temperature: float = 1.0,
     vocab_size: int | None = None,
-) -> tuple[Tensor, Tensor]:  # [n] fp64, [n, v] fp64
-    """KL(reference || policy) in float64, and the gradient of sum(grad_kl * KL) by autograd, as in dense_answer."""
+) -> DenseKl:
+    """Autograd through log_softmax in float64, on the rows that count and the columns that exist."""
     live = torch.ones(len(logits), dtype=torch.bool) if labels is None else labels != -100
     x = logits[live, :vocab_size].double().requires_grad_()
     log_p = (x / temperature).log_softmax(-1)
@@ -102,8 +111,21 @@ def dense_kl(
     q = log_q.exp()
     value = torch.where(q == 0, 0.0, q * (log_q - log_p)).sum(-1)
     value.backward(grad_kl[live].double())
-    kl = torch.zeros(len(logits), dtype=torch.float64)
-    kl[live] = value.detach()
-    grad = torch.zeros(logits.shape, dtype=torch.float64)
-    grad[live.nonzero(), torch.arange(x.shape[-1])] = x.grad
-    return kl, grad
+    scale = grad_kl[live, None].abs().double() / temperature
+    size = sum(log.exp() * (log.clamp(min=-800) * -(2**-22) / 5e-6).clamp(min=1.0) for log in (log_p.detach(), log_q))
+    dense = DenseKl(*(torch.zeros(shape, dtype=torch.float64) for shape in (len(logits), logits.shape, logits.shape)))
+    dense.kl[live] = value.detach()
+    columns = torch.arange(x.shape[-1])
+    dense.grad[live.nonzero(), columns] = x.grad
+    dense.size[live.nonzero(), columns] = size * scale
+    return dense
+
+
+def assert_kl_grad_close(grad: Tensor, expected: Tensor, size: Tensor) -> None:
+    """Within 5e-6 of the probabilities that are subtracted, then one rounding to the gradient's dtype."""
+    info = torch.finfo(grad.dtype)
+    rounding = 0.0 if grad.dtype == torch.float32 else info.eps / 2
+    smallest = max(info.smallest_normal * info.eps, 1e-36)  # the operators flush exp() below 1e-38 to 0
+    allowed = 5e-6 * size + rounding * expected.abs() * (1 + 1e-3) + smallest
+    wrong = ~((grad.double() - expected).abs() <= allowed)  # NaN is not within anything
+    assert not wrong.any(), f"{int(wrong.sum())} elements, the first at {wrong.nonzero()[0].tolist()}"

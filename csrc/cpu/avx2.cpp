@@ -22,10 +22,11 @@ namespace {
 #include "element.inc"
 #include "vector_avx2.inc"
 #include "row_loops.inc"
+#include "kl_loops.inc"
 // clang-format on
 }  // namespace
 
-const RowLoops kAvx2 = {"avx2", stats_rows, grad_rows, sweep_rows};
+const RowLoops kAvx2 = {"avx2", stats_rows, grad_rows, sweep_rows, kl_stats_rows, kl_grad_rows};
 
 }  // namespace gft_megatron::cpu
 

@@ -27,10 +27,11 @@ namespace {
 #include "element.inc"
 #include "vector_avx512.inc"
 #include "row_loops.inc"
+#include "kl_loops.inc"
 // clang-format on
 }  // namespace
 
-const RowLoops kAvx512Bf16 = {"avx512_bf16", stats_rows, grad_rows, sweep_rows};
+const RowLoops kAvx512Bf16 = {"avx512_bf16", stats_rows, grad_rows, sweep_rows, kl_stats_rows, kl_grad_rows};
 
 }  // namespace gft_megatron::cpu
 

@@ -11,9 +11,10 @@ namespace {
 #include "element.inc"
 #include "vector_portable.inc"
 #include "row_loops.inc"
+#include "kl_loops.inc"
 // clang-format on
 }  // namespace
 
-const RowLoops kBaseline = {"baseline", stats_rows, grad_rows, sweep_rows};
+const RowLoops kBaseline = {"baseline", stats_rows, grad_rows, sweep_rows, kl_stats_rows, kl_grad_rows};
 
 }  // namespace gft_megatron::cpu

@@ -91,4 +91,14 @@ void rectified_sweep(const SweepParams& params) {
   for_rows(params.shard.num_rows, params.shard.width, [&](int64_t begin, int64_t end) { sweep(params, begin, end); });
 }
 
+void kl_stats(const KlStatsParams& params) {
+  const auto stats = row_loops().kl_stats;
+  for_rows(params.shard.num_rows, params.shard.width, [&](int64_t begin, int64_t end) { stats(params, begin, end); });
+}
+
+void kl_grad(const KlGradParams& params) {
+  const auto grad = row_loops().kl_grad;
+  for_rows(params.shard.num_rows, params.shard.width, [&](int64_t begin, int64_t end) { grad(params, begin, end); });
+}
+
 }  // namespace gft_megatron::cpu

@@ -11,6 +11,8 @@ struct RowLoops {
   void (*stats)(const StatsParams& params, int64_t begin, int64_t end);
   void (*grad)(const GradParams& params, int64_t begin, int64_t end);
   void (*sweep)(const SweepParams& params, int64_t begin, int64_t end);
+  void (*kl_stats)(const KlStatsParams& params, int64_t begin, int64_t end);
+  void (*kl_grad)(const KlGradParams& params, int64_t begin, int64_t end);
 };
 
 extern const RowLoops kBaseline;
@@ -28,5 +30,7 @@ void merge_stats(const MergeParams& params);
 void combine_stats(const CombineParams& params);
 void row_grad(const GradParams& params);
 void rectified_sweep(const SweepParams& params);
+void kl_stats(const KlStatsParams& params);
+void kl_grad(const KlGradParams& params);
 
 }  // namespace gft_megatron::cpu

@@ -24,6 +24,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from gft_megatron.ops import reference
 from gft_megatron.ops.gather import start_gather
+from gft_megatron.ops.library import row_ops
 from gft_megatron.ops.rows import check_arguments, row_labels, vocab_slice
 
 
@@ -79,7 +80,7 @@ def vocab_parallel_kl(
 
 
 def _ops(device: torch.device) -> Any:
-    return reference
+    return row_ops(device) if device.type == "cpu" else reference
 
 
 def _row_blocks(logits: Tensor, ref_logits: Tensor) -> list[tuple[Tensor, Tensor]]:

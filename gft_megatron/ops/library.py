@@ -99,6 +99,28 @@ def _rectified_sweep_(
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
+@torch.library.register_fake("gft_megatron::kl_stats")
+def _kl_stats(logits: Tensor, ref_logits: Tensor, labels: Tensor, valid_vocab: int, inv_temperature: float) -> Tensor:
+    return logits.new_empty((logits.shape[0], 5), dtype=torch.float64)
+
+
+@torch.library.register_fake("gft_megatron::kl_grad_")
+def _kl_grad_(
+    logits: Tensor,
+    ref_logits: Tensor,
+    grad: Tensor,
+    labels: Tensor,
+    valid_vocab: int,
+    inv_temperature: float,
+    max: Tensor,
+    log_sum: Tensor,
+    ref_max: Tensor,
+    ref_log_sum: Tensor,
+    grad_kl: Tensor,
+) -> None:
+    return None
+
+
 @torch.library.register_fake("gft_megatron::segment_sums")
 def _segment_sums(values: Tensor, mask: Tensor | None, segment_ids: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
     return values.new_empty(num_segments), values.new_empty(num_segments)

@@ -55,6 +55,8 @@ def op_arguments(name: str, n: int) -> tuple:
         "group_advantages": (vectors[0].double(), torch.arange(n) // 3, True, 1, 1e-6),
         "log_probs": (leaf, labels, *place, True, "", False),
         "log_probs_grad": (logits, labels, *place, maximum, log_sum, entropy, *vectors[:2]),
+        "kl_stats": (logits, *pair),
+        "kl_grad_": (logits, pair[0], torch.empty_like(logits), *pair[1:], *shifts, vectors[0]),
         "kl": (leaf, *pair, ""),
         "kl_grad": (logits, *pair, *shifts, vectors[0]),
         "rectified": (leaf, labels, *place[1:], vectors[0].abs(), vectors[1].abs(), 1.0),  # opcheck backs |loss|
@@ -67,6 +69,8 @@ COMPILED = [
     "combine_stats",
     "row_grad_",
     "rectified_sweep_",
+    "kl_stats",
+    "kl_grad_",
     "segment_sums",
     "group_advantages",
 ]
