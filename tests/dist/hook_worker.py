@@ -4,13 +4,15 @@ For each layout: loss and every gradient of one batch of padded rows [b, s], by 
 that masks and sums. Before that, on 1 rank ("one"), the same responses packed through this project's own loop. Results
 go to OUT/<layout>.pt; test_hook.py compares them.
 
-    torchrun --nproc-per-node 2 hook_worker.py --model DIR --out DIR --layouts tp2 pp2 [--mutate no-tp-group]
+    torchrun --nproc-per-node 2 hook_worker.py --model DIR --out DIR --layouts tp2 pp2
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,9 @@ def run_layout(name: str, folder: HfFolder) -> dict[str, Any]:
     hook = hook_loss(wrapped if len(wrapped) > 1 else wrapped[0], "dft", vocab_size=VOCAB)
     result["hooked"] = foreign_loop(wrapped, folder)
     result["hooked"]["metrics"] = {key: (value.item(), value.requires_grad) for key, value in hook.metrics.items()}
+    if name == "tp2":
+        with without_the_process_group():
+            result["broken"] = foreign_loop(wrapped, folder)
     hook.remove()
     result["removed"] = all("compute_language_model_loss" not in vars(models.unwrapped(chunk)) for chunk in chunks)
     if len(chunks) == 1:
@@ -206,16 +211,17 @@ def message_of(call) -> str:
     return "not refused"
 
 
-def mutate(what: str) -> None:
-    """Break one thing that the test is there to protect."""
+@contextlib.contextmanager
+def without_the_process_group() -> Iterator[None]:
+    """Each rank takes its shard for the whole vocabulary."""
     upstream = hooks.vocab_parallel_log_probs
-    if what == "no-tp-group":
-        # vocab_size is that of the shard then, and labels of the other one are out of its range.
-        hooks.vocab_parallel_log_probs = lambda logits, labels, *, tp_group, vocab_size, **rest: upstream(
-            logits, labels % logits.shape[-1], **rest
-        )
-    else:
-        assert what == "nothing", what
+    hooks.vocab_parallel_log_probs = lambda logits, labels, *, tp_group, vocab_size, **rest: upstream(
+        logits, labels % logits.shape[-1], **rest
+    )
+    try:
+        yield
+    finally:
+        hooks.vocab_parallel_log_probs = upstream
 
 
 def main() -> None:
@@ -223,12 +229,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), required=True)
-    parser.add_argument("--mutate", default="nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     init_num_microbatches_calculator(dist.get_rank(), None, 1, 1, 1)
-    mutate(arguments.mutate)
     for name in arguments.layouts:
         result = run_layout(name, HfFolder(arguments.model))
         if dist.get_rank() == dist.get_world_size() - 1:  # the last stage has the metrics

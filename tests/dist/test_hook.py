@@ -5,14 +5,12 @@ schedules and DDP on gloo.
 """
 
 import inspect
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hf_models import SIZES, save_model
-from torchrun import ROOT, torchrun
+from torchrun import torchrun
 from transformers import Qwen2Config
 
 import gft_megatron
@@ -39,8 +37,8 @@ def results(model, tmp_path_factory):
     return {k: v for ranks, names in LAYOUTS.items() for k, v in work(model, out, ranks, names).items()}
 
 
-def work(model: Path, out: Path, num_ranks: int, layouts: list[str], *options: str) -> dict[str, dict]:
-    done = torchrun(WORKER, "--model", model, "--out", out, *options, "--layouts", *layouts, num_ranks=num_ranks)
+def work(model: Path, out: Path, num_ranks: int, layouts: list[str]) -> dict[str, dict]:
+    done = torchrun(WORKER, "--model", model, "--out", out, "--layouts", *layouts, num_ranks=num_ranks)
     assert done.returncode == 0, done.stderr[-4000:]
     return {name: torch.load(out / f"{name}.pt", weights_only=True) for name in layouts}
 
@@ -59,10 +57,9 @@ def test_dft_through_the_hook_equals_our_own_loop(results, layout):
     assert gradient_error(hooked["gradients"], own["gradients"]) < 1e-5
 
 
-def test_without_the_process_group_it_is_another_loss(model, results, tmp_path):
+def test_without_the_process_group_it_is_another_loss(results):
     """The test of the test."""
-    broken = work(model, tmp_path, 2, ["tp2"], "--mutate", "no-tp-group")["tp2"]["hooked"]
-    assert gradient_error(broken["gradients"], results["one"]["own"]["gradients"]) > 1e-2
+    assert gradient_error(results["tp2"]["broken"]["gradients"], results["one"]["own"]["gradients"]) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -138,8 +135,3 @@ def test_a_loss_of_more_than_its_token_is_refused(monkeypatch, decorate, words):
 def test_no_hyper_parameter_has_a_name_of_the_hooks_own():
     own = set(inspect.signature(gft_megatron.hook_loss).parameters)
     assert not own & {key for parameters in loss_hyper_parameters().values() for key in parameters}
-
-
-def test_the_rest_is_imported_without_megatron():
-    program = "import gft_megatron, sys; assert 'megatron' not in sys.modules; gft_megatron.hook_loss; assert 'megatron' in sys.modules"
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
