@@ -5,6 +5,7 @@ schedules and DDP on gloo.
 """
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,10 @@ def test_a_loss_of_more_than_its_token_is_refused(monkeypatch, decorate, words):
 def test_no_hyper_parameter_has_a_name_of_the_hooks_own():
     own = set(inspect.signature(gft_megatron.hook_loss).parameters)
     assert not own & {key for parameters in loss_hyper_parameters().values() for key in parameters}
+
+
+def test_the_example_of_a_plain_loop_learns():
+    done = torchrun("examples/hook_megatron_core.py", num_ranks=2)
+    assert done.returncode == 0, done.stderr[-4000:]
+    nll = [float(x) for x in re.findall(r"'nll': ([0-9.]+)", done.stdout)]
+    assert len(nll) == 2 * 10 and max(nll[-2:]) < 0.6 * min(nll[:2])
