@@ -208,8 +208,8 @@ def _rewrite(phase: Phase, run: Run, progress: Progress, before: int) -> None:
     }
     _record(run, progress.iteration, figures)
     run.console.info(
-        f"step {progress.iteration}: rewrote {sum(token_ids is not None for token_ids in found)} of {len(places)} responses that fit "
-        f"the policy worst; {len(run.rewrites.replaced)} in all"
+        f"step {progress.iteration}: of {len(places)} responses that fit the policy worst, "
+        f"{figures['rewrite/replaced']:.0f} were rewritten; {len(run.rewrites.replaced)} in all"
     )
 
 

@@ -38,6 +38,14 @@ def test_only_training_imports_megatron():
     assert any(name.startswith("megatron.core") for name in imported_modules(ROOT / "gft_megatron/training/step.py"))
 
 
+def test_the_package_is_imported_without_megatron():
+    # hook_loss, which needs it, is imported when it is asked for.
+    package = ast.parse((ROOT / "gft_megatron/__init__.py").read_text())
+    at_once = {node.module for node in package.body if isinstance(node, ast.ImportFrom)}
+    rest = {name for p in SOURCES if room(p) not in ("training", "__init__.py") for name in imported_modules(p)}
+    assert not [name for name in at_once | rest if name.startswith("gft_megatron.training")]
+
+
 def test_losses_and_their_neighbours_know_no_process_group():
     allowed = {"training", "ops"}
     assert offenders(allowed, lambda name: name.startswith("torch.distributed")) == []
