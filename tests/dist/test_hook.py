@@ -82,7 +82,7 @@ def test_sft_and_a_removed_hook_are_megatrons_own_cross_entropy(results, layout,
 @pytest.mark.parametrize("layout", NAMES)
 def test_the_handle_tells_metrics_and_removes(results, layout):
     metrics = results[layout]["hooked"]["metrics"]
-    assert set(metrics) == {"nll", "coefficient_mean"}
+    assert {"nll", "coefficient_mean"} <= set(metrics)
     assert all(not requires_grad for _, requires_grad in metrics.values())
     assert 0 < metrics["coefficient_mean"][0] < 1 < metrics["nll"][0]
     assert results[layout]["removed"]

@@ -89,8 +89,8 @@ def collect_on_rank(rank, world_size, scope, store_path, out):
     )
     order = PromptOrder(NUM_ROWS, seed=2)
     arguments = {"num_groups": 9, "rollout_id": 0}
-    plain = workers.collect(PromptStore(store_path), order, recipe, skip_zero_variance=True, refill=False, **arguments)
-    refilled = workers.collect(PromptStore(store_path), order, recipe, skip_zero_variance=True, refill=True, **arguments)
+    plain = workers.collect(PromptStore(store_path), order, recipe, skip_zero_variance=True, mask_truncated=False, refill=False, **arguments)
+    refilled = workers.collect(PromptStore(store_path), order, recipe, skip_zero_variance=True, mask_truncated=False, refill=True, **arguments)
     assert plain.collected.num_groups == 9 and 0 < plain.trained.num_groups < 9
     assert refilled.trained.num_groups == 9 and refilled.collected.num_groups > 9
     assert order.position == 9 + refilled.collected.num_groups
