@@ -106,7 +106,8 @@ def _responses(row: EncodedRow) -> list[Response]:
 
 
 def _with_scores(chunk: list[tuple[_Json, EncodedRow]], score: Score, key: str) -> Iterator[_Json]:
-    scores = iter(score([response for _, row in chunk for response in _responses(row)]))
+    responses = [response for _, row in chunk for response in _responses(row)]
+    scores = iter(score(responses) if responses else ())
     for value, row in chunk:
         if not row.responses:
             yield value
