@@ -265,6 +265,8 @@ def test_the_file_is_the_same_but_for_its_scores(tmp_path: Path, hf: Path, capsy
         (["rho"], "METHOD is 'rho'; it has to be one of tfidf, keep, excess, cluster"),
         (["tfidf", "--lambda", "1"], "Unrecognized options: --lambda"),
         (["tfidf", "--hf-checkpoint", "gone"], "--hf-checkpoint gone: no tokenizer"),
+        (["tfidf", "--hf-checkpoint", "classifier"], "classifier: the tokenizer has no end-of-sequence token"),
+        (["excess", "--ref-hf-checkpoint", "broken"], "a score is nan: a model's output is not finite"),
         (["tfidf", "--input", "gone"], "data file gone cannot be read: No such file"),
         (["tfidf", "--input", "bare"], "no recorded response to score; the first of 1 bad rows is line 2: bad"),
         (["cluster", "--input", "bare"], "bare has no recorded response to score"),
@@ -282,6 +284,10 @@ def test_mistakes_are_one_line_and_leave_nothing(
     for model in ("policy", "reference", "classifier"):
         (tmp_path / model).symlink_to(hf / model)
     write(tmp_path, ["ab"])
+    AutoTokenizer.from_pretrained("policy").save_pretrained("broken")
+    broken = AutoModelForCausalLM.from_pretrained("policy")
+    torch.nn.init.constant_(broken.lm_head.weight, torch.nan)
+    broken.save_pretrained("broken")
     (tmp_path / "bare").write_text('{"prompt": "a", "label": "b"}\n{')
     write(tmp_path, ["z" * 127]).rename("long")
     write(tmp_path, ["ab"])
