@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 
+import torch
 from scoring.cluster import Cluster
 from scoring.excess import Excess
 from scoring.keep import Keep
@@ -35,6 +36,8 @@ def main() -> None:
         if name not in METHODS:
             raise ValueError(f"METHOD is {name!r}; it has to be one of {', '.join(METHODS)}")
         score_file(parse_flags(METHODS[name], flags, prog=f"score_tokens.py {name}"))
+    except torch.OutOfMemoryError:
+        raise SystemExit("error: the GPU's memory is full: lower --tokens-per-pass, or give --bf16") from None
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -2,7 +2,7 @@
 
 Each collector (a rank with an engine) holds the groups of its own prompts. All ranks gather all of them and then make
 the same plan of micro-batches from the same data, so the samples of a step do not depend on the parallel layout. A
-rollout of 1,024 x 8 responses of 2,000 tokens is about 200 MB a rank, host memory, once a rollout.
+rollout of 1,024 x 8 responses of 2,000 tokens is about 330 MB a rank, host memory, once a rollout.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 class ModelMethod(Method):
     """The flags of methods that run a model."""
 
-    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    device: Literal["cpu", "cuda"] = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
     """Where models run."""
     bf16: bool = False
     """Run models in bfloat16; default fp32."""
@@ -26,6 +26,8 @@ class ModelMethod(Method):
     """Tokens, padding included, that a model is given at a time; a longer sequence goes alone."""
 
     def __post_init__(self) -> None:
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: there is no GPU here that this PyTorch can use")
         if self.tokens_per_pass < 1:
             raise ValueError(f"--tokens-per-pass is {self.tokens_per_pass}; it has to be at least 1")
 
@@ -42,6 +44,7 @@ class ModelMethod(Method):
                 folder,
                 dtype=torch.bfloat16 if self.bf16 else torch.float32,
                 use_safetensors=True,
+                local_files_only=True,
                 output_loading_info=True,
             )
         except (OSError, ValueError) as error:
@@ -59,7 +62,7 @@ def load_tokenizer(flag: str, folder: str) -> PreTrainedTokenizerBase:
         ValueError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{flag} {folder}: no tokenizer: {' '.join(str(error).split())[:200]}") from None
 
@@ -71,7 +74,7 @@ def num_positions(folder: str) -> int | None:
         ValueError: there is no configuration.
     """
     try:
-        return getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+        return getattr(AutoConfig.from_pretrained(folder, local_files_only=True), "max_position_embeddings", None)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: no model: {' '.join(str(error).split())[:200]}") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -34,6 +35,8 @@ def score_file(method: Method) -> None:
         ValueError: in one line, what is wrong with a file or a model.
     """
     tokenizer = load_tokenizer("--hf-checkpoint", method.hf_checkpoint)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"--hf-checkpoint {method.hf_checkpoint}: the tokenizer has no end-of-sequence token")
     bad_rows: list[str] = []
 
     def responses(purpose: str) -> Iterator[list[Response]]:
@@ -106,7 +109,8 @@ def _responses(row: EncodedRow) -> list[Response]:
 
 
 def _with_scores(chunk: list[tuple[_Json, EncodedRow]], score: Score, key: str) -> Iterator[_Json]:
-    scores = iter(score([response for _, row in chunk for response in _responses(row)]))
+    responses = [response for _, row in chunk for response in _responses(row)]
+    scores = iter(score(responses) if responses else ())
     for value, row in chunk:
         if not row.responses:
             yield value
@@ -117,6 +121,8 @@ def _with_scores(chunk: list[tuple[_Json, EncodedRow]], score: Score, key: str) 
 
 
 def _short(number: float) -> float:
+    if not math.isfinite(number):
+        raise ValueError(f"a score is {number}: a model's output is not finite; without --bf16 it may be")
     return number if isinstance(number, int) else float(f"{number:.6g}")
 
 
