@@ -5,7 +5,7 @@ import torch
 from oracle import assert_promised_grad, dense_answer
 from torch import Tensor
 
-from gft_megatron import vocab_parallel_log_probs
+from gft_megatron import vocab_parallel_kl, vocab_parallel_log_probs
 from gft_megatron.ops import build_info
 
 pytestmark = [
@@ -134,6 +134,26 @@ def test_shards_on_the_gpu_agree_with_shards_on_the_cpu(dtype: torch.dtype) -> N
         stats = torch.stack([ops.row_stats(x[:, a:b], y, a, b - a, 1.0, True) for a, b in ((0, 333), (333, 1001))])
         results.append([result.cpu() for result in ops.combine_stats(stats)])
     torch.testing.assert_close(*results, rtol=2e-6, atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kl_on_the_gpu_agrees_with_the_cpu(dtype: torch.dtype) -> None:
+    """Plain PyTorch there, in blocks: 60 rows of this vocabulary are three."""
+    logits, labels = make_rows(60, 151936, dtype)
+    ref_logits = (logits.float() + torch.sin(logits.float() * 7)).to(dtype)
+    logits[:, 151900:] = logits[1] = float("nan")
+    logits[2, ::2] = ref_logits[2, ::2] = float("-inf")
+    labels = labels.clamp(max=151899)
+    labels[1] = -100
+    results = []
+    for device in ("cuda", "cpu"):
+        leaf = logits.to(device).requires_grad_()
+        options = {"labels": labels.to(device), "temperature": TEMPERATURE, "vocab_size": 151900}
+        kl = vocab_parallel_kl(leaf, ref_logits.to(device), **options)
+        kl.sum().backward()
+        results.append((kl.detach().cpu(), leaf.grad.cpu()))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=torch.finfo(dtype).eps + 1e-5, atol=1e-6)
 
 
 # Few rows: the vocabulary is split over blocks, and a second kernel merges what they found.

@@ -59,6 +59,13 @@ def test_matches_dense_where_both_are_nearly_equal() -> None:
     torch.testing.assert_close(kl, expected, rtol=0, atol=3e-7)
 
 
+@pytest.mark.parametrize("temperature, gap", [(3.0, 8.0), (7.0, 64.0)])
+def test_matches_dense_where_logits_take_few_values(temperature: float, gap: float) -> None:
+    """As 16-bit logits near 1e4 do: every addition to a sum may then be rounded in the same direction."""
+    rare = torch.rand(2, 8192, generator=torch.Generator().manual_seed(1)) < 0.001
+    check_against_dense(torch.where(rare, 0.0, -gap), torch.zeros(2, 8192), temperature=temperature)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equal_logits_give_exactly_zero_and_no_gradient(dtype: torch.dtype) -> None:
     logits, _ = make_rows(6, 5003, dtype)

@@ -430,7 +430,7 @@ def test_narrower_instruction_sets(isa: str) -> None:
     python = [sys.executable, "-c", "from gft_megatron.ops import build_info; print(build_info()['isa'])"]
     assert subprocess.run(python, env=environment, capture_output=True, text=True).stdout.strip() == isa
     select = ["-k", "matches_dense or any_width or never_hidden or reference_agrees or rounded_once"]
-    files = [__file__, str(Path(__file__).with_name("test_ops_rounding.py"))]
+    files = [__file__, *(str(Path(__file__).with_name(name)) for name in ("test_ops_rounding.py", "test_kl.py"))]
     pytest_again = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *select]
     result = subprocess.run(pytest_again, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
