@@ -307,6 +307,13 @@ def test_sft_go_ties_go_to_the_important_group():
     assert metrics["important_wins_frac"] == 1 and metrics["group_0_nll"] == metrics["group_1_nll"] == 0.5
 
 
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_sft_go_groups_without_tokens_cannot_win_against_one_without_loss(per_sample):
+    inputs = make_inputs()
+    sure = {"log_probs": torch.zeros_like(inputs.log_probs), "token_groups": torch.zeros_like(inputs.token_groups)}
+    assert LOSSES["sft_go"](make_inputs(**sure), per_sample=per_sample)[1]["worst_group_frac"] == 1
+
+
 def test_sft_go_metrics():
     inputs = make_inputs()
     tokens = tokens_of(inputs)
