@@ -154,7 +154,7 @@ def _scores_job(seed: int) -> Job:
     data = _data_job(seed)
     folder = f"{_place(seed)}/scored"
     command = ("{python}", "tools/score_tokens.py", "tfidf", "--input", _in(data, "train.jsonl"))
-    command += ("--output", f"{{run}}/{folder}/train.jsonl", "--tokenizer", _in(_model_job(seed)))
+    command += ("--output", f"{{run}}/{folder}/train.jsonl", "--hf-checkpoint", _in(_model_job(seed)))
     return Job(folder, command, "train.jsonl", seconds=5, needs=(data, _model_job(seed)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -153,40 +154,43 @@ def _references(row: Row) -> tuple[str, str]:
     return (GRPO.name, GRPO_LONG) if row.start != WARMUP else (SFT.name, GRPO.name)
 
 
+def _comparisons() -> list[tuple[Row, str]]:
+    """Each row and the name of one that it is compared with."""
+    return [(row, other) for row in rows() for other in _references(row) if other != row.name]
+
+
 def _difference_table(figures: Figures) -> str:
     titles = {row.name: row.title for row in rows()}
     lines = [["method", "compared with", AVG, "in errors", PASS, "in errors"]]
-    for row in rows():
-        for other in _references(row):
-            if other == row.name:
-                continue
-            cells = [titles[row.name], titles[other]]
-            for name in (AVG, PASS):
-                of = difference(figures, row.name, other, name)
-                cells += [_show(of, COLUMNS[name], signed=True), "" if of.in_errors is None else f"{of.in_errors:+.1f}"]
-            lines.append(cells)
+    for row, other in _comparisons():
+        cells = [row.title, titles[other]]
+        for name in (AVG, PASS):
+            of = difference(figures, row.name, other, name)
+            cells += [_show(of, COLUMNS[name], signed=True), "" if of.in_errors is None else f"{of.in_errors:+.1f}"]
+        lines.append(cells)
     return "Differences, seed by seed:\n\n" + _as_markdown(lines)
 
 
 def _reading(figures: Figures, num_seeds: int) -> str:
-    """What the differences in avg@8 support, and no more."""
+    """What the differences support, and no more."""
     if num_seeds < 2:
         return "One seed has no standard error: nothing is shown by the differences."
     titles = {row.name: row.title for row in rows()}
+    number = 2 * len(_comparisons())
     sentences = [
         f"With {num_seeds} seeds a difference has to exceed {t95(num_seeds):.1f} standard errors to differ from 0 at "
-        f"the 5% level, if seeds scatter normally; of {2 * len(rows())} comparisons about one passes by chance."
+        f"the 5% level, if seeds scatter normally; of these {number} differences {0.05 * number:.0f} would do so by "
+        "chance."
     ]
-    for other in (SFT.name, GRPO.name, GRPO_LONG):
-        compared = [row for row in rows() if other in _references(row) and row.name != other]
-        of = {titles[row.name]: difference(figures, row.name, other, AVG) for row in compared}
+    for name, other in itertools.product((AVG, PASS), (SFT.name, GRPO.name, GRPO_LONG)):
+        of = {row.title: difference(figures, row.name, other, name) for row, to in _comparisons() if to == other}
         above = [title for title, one in of.items() if one.is_clear and one.mean > 0]
         below = [title for title, one in of.items() if one.is_clear and one.mean < 0]
-        open_ = [title for title, one in of.items() if not one.is_clear]
-        said = [f"{what}: {', '.join(which)}" for what, which in (("above", above), ("below", below)) if which]
-        said += [f"not told apart: {', '.join(open_)}"] if open_ else []
-        sentences.append(f"- {AVG} against {titles[other]}: {'; '.join(said)}.")
-    sentences.append("This is one toy task and a model of 0.3M parameters; nothing follows for large ones.")
+        alike = [title for title, one in of.items() if not one.is_clear]
+        parts = (("above", above), ("below", below), ("not told apart", alike))
+        said = "; ".join(f"{what}: {', '.join(which)}" for what, which in parts if which)
+        sentences.append(f"- {name} against {titles[other]}: {said}.")
+    sentences.append("\nThis is one toy task and a model of 0.3M parameters; nothing follows for large ones.")
     return "\n".join(sentences)
 
 
