@@ -163,12 +163,22 @@ def test_longest_chain_goes_first_and_needs_are_waited_for(tmp_path):
     assert len(order) == 6
 
 
+def test_log_counts_each_job_once_and_foresees_the_rest(tmp_path, capsys):
+    jobs = [stub("a"), stub("b", code=":"), stub("c", code=": c")]
+    log = Lines(jobs)
+    log.found(jobs[0])
+    log.found(jobs[0])  # again, in the second half of the comparison
+    log.finished(stub("b"), 60.0)  # its flags were not known when the jobs were counted
+    # 60 seconds for what was foreseen as 1: the third will take another 60 of one lane, 30 of two.
+    assert capsys.readouterr().out == "2/3 | b in 1:00 | eta 0:30\n"
+
+
 def test_a_failure_ends_the_comparison_with_its_last_lines_and_its_folder(tmp_path):
-    failing = stub("bad", code="echo what went wrong && false")
+    failing = stub("bad", code="echo error: what went wrong && seq 50 && false")
     long = stub("long", code="sleep 60")
     with pytest.raises(JobFailed) as failure:
         run([long, failing, stub("later", failing)], tmp_path)
-    assert "what went wrong" in str(failure.value) and str(tmp_path / "bad") in str(failure.value)
+    assert str(failure.value) == f"error: what went wrong\n{tmp_path / 'bad'}: failed with status 1; see log.txt there"
     assert not is_finished(long, tmp_path) and not (tmp_path / "later").exists()
     with pytest.raises(ValueError, match="without result"):
         run([Job("empty", ("true",), "result", 1.0)], tmp_path)

@@ -126,10 +126,12 @@ def _free_port() -> int:
 def _check(one: _Running, run_dir: Path) -> None:
     if one.process.returncode:
         folder = run_dir / one.job.folder
-        lines = (folder / "log.txt").read_text(errors="replace").splitlines()[-_LAST_LINES:]
-        raise JobFailed(
-            "\n".join([*lines, f"{folder}: failed with status {one.process.returncode}; see log.txt there"])
-        )
+        lines = (folder / "log.txt").read_text(errors="replace").splitlines()
+        # What torchrun says after the program's own last word helps nobody.
+        errors = [number for number, line in enumerate(lines) if line.startswith("error:")]
+        shown = lines[: errors[-1] + 1] if errors else lines
+        reason = f"{folder}: failed with status {one.process.returncode}; see log.txt there"
+        raise JobFailed("\n".join([*shown[-_LAST_LINES:], reason]))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

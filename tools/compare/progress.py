@@ -17,13 +17,15 @@ class _Tally:
 
     def __init__(self, jobs: list[Job]) -> None:
         self.total = len(jobs)
-        self.done = 0
-        self._expected = sum(job.seconds for job in jobs)
+        self._left = {job.folder: job.seconds for job in jobs}  # by folder: flags change when the choice is made
         self._measured = self._foreseen = 0.0
 
+    @property
+    def done(self) -> int:
+        return self.total - len(self._left)
+
     def found(self, job: Job) -> None:
-        self.done += 1
-        self._expected -= job.seconds
+        self._left.pop(job.folder, None)
 
     def finished(self, job: Job, seconds: float) -> None:
         self.found(job)
@@ -33,7 +35,7 @@ class _Tally:
     @property
     def eta(self) -> str:
         pace = self._measured / self._foreseen if self._foreseen else 1.0
-        return duration(pace * max(self._expected, 0.0) / LANES)
+        return duration(pace * sum(self._left.values()) / LANES)
 
 
 class Lines:
