@@ -68,18 +68,24 @@ def numina(output: Path, input: tuple[Path, ...] = (), hub: bool = False, split:
     _write(output, rows())
 
 
-def countdown(output_dir: Path, seed: int = 0) -> None:
+def countdown(output_dir: Path, seed: int = 0, validation: int = 0) -> None:
     """A toy task: reach a target with three digits and + - *. 919 problems to train on, 394 held out.
 
     Args:
         output_dir: Folder for train.jsonl, warmup.jsonl and test.jsonl.
         seed: Of the recorded answers. The problems are always the same.
+        validation: So many of the problems to train on go to validation.jsonl instead, for choosing settings.
     """
     answers = _countdown_answers()
     problems = sorted(answers)
     random.Random(7).shuffle(problems)
-    num_train = int(0.7 * len(problems))
-    train, test = problems[:num_train], problems[num_train:]
+    num_seen = int(0.7 * len(problems))
+    if not 0 <= validation < num_seen:
+        raise ValueError(f"--validation {validation}: it has to be at least 0 and below {num_seen}")
+    num_train = num_seen - validation
+    train, held_out = problems[:num_train], {"test": problems[num_seen:]}
+    if validation:
+        held_out["validation"] = problems[num_train:num_seen]
     rng = random.Random(seed)
 
     def expert(problem: Problem) -> tuple[str, str]:
@@ -97,7 +103,8 @@ def countdown(output_dir: Path, seed: int = 0) -> None:
 
     _write(output_dir / "train.jsonl", (_countdown_row(p, [expert(p), *(teacher(p) for _ in range(3))]) for p in train))
     _write(output_dir / "warmup.jsonl", warmup())
-    _write(output_dir / "test.jsonl", (_countdown_row(p, []) for p in test))
+    for name, part in held_out.items():  # the expert's answer: how likely does a model find what it never saw?
+        _write(output_dir / f"{name}.jsonl", (_countdown_row(p, [expert(p)]) for p in part))
 
 
 _ANNOTATION = re.compile(r"<<[^<>]*>>")

@@ -20,6 +20,7 @@ from gft_megatron.groups import Batch, Group, Source
 from gft_megatron.rewriting import Place, RewrittenPrompts
 from gft_megatron.rollout.collect import CollectCounts, Collector, GroupRecipe
 from gft_megatron.rollout.engine import Completion, FinishReason, SamplingParams
+from gft_megatron.rollout.figures import evaluation_figures, evaluation_sums
 from gft_megatron.training.exchange import gather_batch, max_over_ranks, sum_over_ranks
 from gft_megatron.training.parallel import is_replica_leader
 
@@ -163,33 +164,13 @@ class RolloutWorkers:
     def evaluate(
         self, store: PromptStore, sampling: SamplingParams, *, num_samples: int, name: str
     ) -> dict[str, float]:
-        """avg@k and pass@k (any reward above 0), k = num_samples; samples that failed are left out and counted."""
-        totals = torch.zeros(7, dtype=torch.float64)
+        """`evaluation_figures` of `num_samples` samples of each prompt."""
+        sums = evaluation_sums([])
         if self._collector is not None:
-            share = range(self._index, len(store), self._size)
-            prompts = [store[i] for i in share]
-            for samples in self._loop.run_until_complete(
-                self._collector.sample(prompts, num_samples, sampling, name=name)
-            ):
-                rewards = [sample.reward for sample in samples]
-                lengths = [len(sample.token_ids) for sample in samples]
-                truncated = [sample.truncated for sample in samples]
-                solved = any(reward > 0 for reward in rewards)
-                totals += torch.tensor(
-                    [1, bool(samples), solved, len(samples), sum(rewards), sum(lengths), sum(truncated)],
-                    dtype=torch.float64,
-                )
-        num_prompts, answered, solved, samples, rewards, lengths, truncated = sum_over_ranks(totals.tolist())
-        figures = {"eval/num_prompts": num_prompts, "eval/failed_samples": num_prompts * num_samples - samples}
-        if not samples:  # an accuracy of 0 would be a claim about the model
-            return figures
-        return {
-            f"eval/accuracy_avg@{num_samples}": rewards / samples,
-            f"eval/accuracy_pass@{num_samples}": solved / answered,
-            "eval/response_length_mean": lengths / samples,
-            "eval/truncated_frac": truncated / samples,
-            **figures,
-        }
+            prompts = [store[i] for i in range(self._index, len(store), self._size)]
+            samples = self._loop.run_until_complete(self._collector.sample(prompts, num_samples, sampling, name=name))
+            sums = evaluation_sums(samples)
+        return evaluation_figures(sum_over_ranks(sums), num_samples)
 
     def close(self) -> None:
         if self._engine is not None:

@@ -100,12 +100,26 @@ def test_countdown(tmp_path: Path) -> None:
         digits, target = row["metadata"]["digits"], row["metadata"]["target"]
         assert row["prompt"] == f"{','.join(map(str, digits))}={target}:" and row["label"] == str(target)
     assert all(right(row, "expert") == [1.0] and len(right(row, "teacher")) == 3 for row in train)
-    assert all(row["responses"] == [] for row in test)
+    assert all(right(row, "expert") == [1.0] and right(row, "teacher") == [] for row in test)
     # Four fifths right answers; of noise about a twentieth is right by chance.
     teacher = [score for row in train for score in right(row, "teacher")]
     assert 0.78 < sum(teacher) / len(teacher) < 0.88
     experts = sum(len(right(row, "expert")) for row in warmup)
     assert 0.24 < experts / len(warmup) < 0.26
+
+
+def test_countdown_validation_comes_out_of_the_training_problems(tmp_path: Path) -> None:
+    names = ("train", "warmup", "validation", "test")
+    prepare_data.countdown(output_dir=tmp_path / "whole")
+    prepare_data.countdown(output_dir=tmp_path / "split", validation=184)
+    assert not (tmp_path / "whole/validation.jsonl").exists()
+    train, warmup, validation, test = ({row["prompt"] for row in read(tmp_path / f"split/{n}.jsonl")} for n in names)
+    assert (len(train), len(validation)) == (735, 184)
+    assert train == warmup and not validation & train
+    assert validation | train == {row["prompt"] for row in read(tmp_path / "whole/train.jsonl")}
+    assert (tmp_path / "split/test.jsonl").read_bytes() == (tmp_path / "whole/test.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="--validation 919: .* below 919"):
+        prepare_data.countdown(output_dir=tmp_path, validation=919)
 
 
 def test_countdown_problems_are_fixed_and_answers_follow_the_seed(tmp_path: Path) -> None:
