@@ -1,0 +1,89 @@
+"""What a run's configuration makes of losses: groups, terms, schedules, and what is refused before anything is read."""
+
+import pytest
+
+from gft_megatron.command_line import parse_args
+from gft_megatron.losses import LOSSES, is_token_local, required_inputs
+
+REQUIRED = ["--hf-checkpoint", "model", "--prompt-data", "a.jsonl", "--train-iters", "11"]
+
+
+def config_of(*flags):
+    return parse_args([*REQUIRED, *map(str, flags)])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_has_defaults_that_it_accepts(name):
+    config = config_of("--loss", name)
+    assert config.loss_function is LOSSES[name]
+    assert sum(config.group_sizes) >= 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "sizes"),
+    [
+        (["--loss", "sft"], (1, 0, 0)),
+        (["--loss", "gft"], (1, 3, 4)),
+        (["--loss", "gft", "--n-teacher", 0], (1, 0, 4)),
+        (["--loss", "grpo"], (0, 0, 8)),
+        (["--loss", "grpo", "--mix-loss", "sft"], (1, 0, 8)),
+        (["--loss", "sft", "--n-self", 2], (1, 0, 2)),
+    ],
+)
+def test_groups(flags, sizes):
+    assert config_of(*flags).group_sizes == sizes
+
+
+def test_terms_and_their_coefficients():
+    config = config_of(
+        "--loss", "grpo", "--clip-high", 0.28, "--kl-coef", 0.1, "--mix-loss", "probability", "--power", 2,
+        "--schedule", "mix_coef=1:0:linear", "entropy_coef=0:0.5:linear",
+    )  # fmt: skip
+    assert config.hyper_at(5) == pytest.approx(
+        {"clip_high": 0.28, "power": 2, "kl_coef": 0.1, "mix_coef": 0.5, "entropy_coef": 0.25}
+    )
+    assert {"ref_log_probs", "entropy", "advantages"} <= required_inputs(config.loss_function)
+    assert is_token_local(config.loss_function) and config.needs_reference
+
+
+def test_a_divergence_in_the_reward_is_no_term():
+    config = config_of("--loss", "grpo", "--kl-coef", 0.1, "--kl-in", "reward")
+    assert config.loss_function is LOSSES["grpo"] and config.hyper_at(0) == {} and config.needs_reference
+    assert config.value_at("kl_coef", 3) == 0.1
+
+
+def test_a_schedule_of_the_paper_and_its_override():
+    assert config_of("--loss", "chord_mu").hyper_at(0)["mu"] == pytest.approx(0.9)
+    assert config_of("--loss", "chord_mu", "--mu", 0.3).hyper_at(0) == {"mu": 0.3}
+    assert config_of("--loss", "chord_mu", "--schedule", "mu=0.4:0:linear").hyper_at(10)["mu"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--loss", "gft", "--n-teacher", 0, "--n-self", 0], "compares the responses of a group.*add --n-self 4"),
+        (["--loss", "grpo", "--n-self", 0, "--n-expert", 2], "learns from own samples.*add --n-self 8"),
+        (["--loss", "sft_go", "--n-self", 2], "needs a score for each token.*add --n-self 0"),
+        (["--loss", "asft", "--random-init"], "compares the model with a reference.*add --ref-hf-checkpoint"),
+        (["--loss", "grpo", "--kl-coef", 0.1, "--random-init"], "add --ref-hf-checkpoint"),
+        (["--loss", "asft", "--fused-linear-loss"], "reads logits"),
+        (["--loss", "grpo", "--mix-loss", "gspo"], "--mix-loss gspo: not a loss of recorded responses"),
+        (["--loss", "grpo", "--mix-loss", "sfd"], "--mix-loss sfd: unknown"),
+        (["--loss", "sft", "--kl-coef", 0.1, "--kl-in", "reward"], "--kl-in reward: --loss sft"),
+        (["--loss", "sft", "--schedule", "mu=1:0:linear"], "--schedule mu: --loss sft has no such number"),
+        (["--loss", "cadft", "--beta", -1], "--loss cadft: beta is -1.0; it has to be"),
+        (["--loss", "grpo", "--clip-low", -0.1], "--loss grpo: clip_low is -0.1; it has to be at least 0"),
+        (["--loss", "probability", "--power", -1], "--loss probability: power"),
+        (["--loss", "chord_mu", "--schedule", "mu=0.5:1.5:linear"], "--loss chord_mu: mu is 1.0"),
+        (["--loss", "sft", "--rewrite-share", 2], "--rewrite-share is 2.0"),
+        (["--loss", "gft", "--overlong-buffer-len", -1], "--overlong-buffer-len is -1"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(*flags)
+
+
+def test_the_number_of_steps_is_missing():
+    with pytest.raises(ValueError, match="--train-iters is missing"):
+        parse_args(["--hf-checkpoint", "model", "--prompt-data", "a.jsonl"])
