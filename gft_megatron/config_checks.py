@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from gft_megatron.losses import LOSSES, loss_hyper_parameters, natural_responses, required_inputs
+from gft_megatron.losses import (
+    LOSSES,
+    batch_sums_of_this_batch,
+    is_of_token_mean,
+    loss_hyper_parameters,
+    natural_responses,
+    required_inputs,
+)
 from gft_megatron.losses.terms import COEFFICIENTS
 from gft_megatron.losses.trial import try_loss
 from gft_megatron.schedules import parse_schedules
@@ -55,6 +62,12 @@ def _require_known_loss(config: RunConfig) -> None:
             raise ValueError(
                 f"--schedule {name}: --loss {loss.loss} has no such number; it has {', '.join((*known, *COEFFICIENTS))}"
             )
+    if loss.batch_statistics == "previous-step" and batch_sums_of_this_batch(config.loss_function):
+        raise ValueError(f"--loss {loss.loss} compares the responses of this batch: --batch-statistics has to be exact")
+    if loss.loss_reduction != "token-mean" and is_of_token_mean(config.loss_function):
+        raise ValueError(
+            f"--loss {loss.loss} has a mean of its own, which holds under --loss-reduction token-mean only"
+        )
     for name in COEFFICIENTS:
         if not math.isfinite(getattr(loss, name)):
             raise ValueError(f"{flag_of(name)} is {getattr(loss, name)}; it has to be finite")

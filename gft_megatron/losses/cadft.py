@@ -9,7 +9,7 @@ the less it weighs. Weights are constants and are not renormalised.
 Written from two notes that agree; no official code is known. They leave open:
 
 * Whether L_DFT(x, y) of a response is a sum or a mean over its tokens. Here every token counts alike, as in the code of
-  DFT; sample_mean = True is 1/|B| sum_i w_i (1/|y_i|) sum_t instead.
+  DFT; 1/|B| sum_i w_i (1/|y_i|) sum_t is --loss-reduction seq-mean.
 * Which deviation. Here the population's, the only one that is defined for a batch of one response.
 * Whether p_t is a constant. Here it is: see dft.py.
 """
@@ -35,23 +35,21 @@ def compatibility(inputs: LossInputs) -> tuple[Tensor, Tensor]:  # [num_sequence
 
 
 def compatibility_sums(inputs: LossInputs) -> dict[str, Tensor]:
-    """Of the responses that have a token: how many, their tokens, and the sums of c and c^2."""
+    """Of the responses that have a token: how many, and the sums of c and c^2."""
     scores, counts = compatibility(inputs)
     return {
         "sequences": (counts > 0).double().sum(),
-        "tokens": counts.sum(),
         "score": scores.sum(),
         "score_squared": scores.square().sum(),
     }
 
 
 @over_batch(compatibility_sums)
-def cadft(inputs: LossInputs, *, beta: float = 1.0, sample_mean: bool = False) -> LossOutput:
+def cadft(inputs: LossInputs, *, beta: float = 1.0) -> LossOutput:
     """CADFT's per-token loss [n], 0 on masked positions. Every response counts, whatever its reward.
 
     Args:
         beta: how much less a response weighs for each standard deviation above the mean; 0 is DFT.
-        sample_mean: responses count alike, not tokens.
 
     Raises:
         ValueError: beta is out of range, or the tokens of a response are not adjacent.
@@ -59,16 +57,15 @@ def cadft(inputs: LossInputs, *, beta: float = 1.0, sample_mean: bool = False) -
     if not 0 <= beta < math.inf:
         raise ValueError(f"beta is {beta}; it has to be finite and at least 0 (0 is DFT)")
     assert inputs.batch is not None
-    scores, counts = compatibility(inputs)
+    scores, _ = compatibility(inputs)
     num_sequences = inputs.batch["sequences"].clamp(min=1)
     mean = inputs.batch["score"] / num_sequences
     deviation = (inputs.batch["score_squared"] / num_sequences - mean.square()).clamp(min=0).sqrt()
     weight = (-beta * ((scores - mean) / (deviation + _EPS)).clamp(min=0)).exp()
-    share = inputs.batch["tokens"] / (num_sequences * counts.clamp(min=1)) if sample_mean else 1.0
 
     mask = inputs.mask.bool()
     log_probs = inputs.log_probs.where(mask, 0.0)
-    coefficient = (weight * share).float()[inputs.sequence_ids] * log_probs.detach().exp()
+    coefficient = weight.float()[inputs.sequence_ids] * log_probs.detach().exp()
     token_weight = weight.float()[inputs.sequence_ids]
     metrics = {
         "coefficient_mean": masked_mean(coefficient, mask),

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from gft_megatron.groups import Source
-from gft_megatron.losses.inputs import LossInputs, LossOutput, over_batch, requires, trains_on
+from gft_megatron.losses.inputs import LossInputs, LossOutput, of_token_mean, over_batch, requires, trains_on
 from gft_megatron.losses.reduce import masked_mean
 from gft_megatron.losses.sequences import sequence_means, sequence_sums
 from gft_megatron.ops.rows import may_look
@@ -89,6 +89,7 @@ def discriminative(inputs: LossInputs) -> LossOutput:
     return _loss(inputs, _weights(inputs, _ratio_scores))
 
 
+@of_token_mean
 @trains_on("mixed")
 @over_batch(_sums(_mean_scores), of_this_batch=True)
 def discriminative_mean(inputs: LossInputs) -> LossOutput:

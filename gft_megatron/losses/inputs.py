@@ -121,6 +121,17 @@ def over_batch(sums: BatchSums, *, of_policy: bool = True, of_this_batch: bool =
     return decorate
 
 
+def of_token_mean(loss: LossFn) -> LossFn:
+    """Declare that a loss divides by counts of its own, on the understanding that the mean over all tokens follows."""
+    loss.of_token_mean = True  # type: ignore[attr-defined]
+    return loss
+
+
+def is_of_token_mean(loss: LossFn) -> bool:
+    """Whether another reduction than the token mean would change what this loss means."""
+    return getattr(loss, "of_token_mean", False)
+
+
 def batch_sums(loss: LossFn) -> BatchSums | None:
     """What this loss was declared to need of the global batch."""
     return getattr(loss, "batch_sums", None)

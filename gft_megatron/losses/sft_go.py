@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from gft_megatron.losses.inputs import LossInputs, LossOutput, over_batch, requires, scheduled
+from gft_megatron.losses.inputs import LossInputs, LossOutput, of_token_mean, over_batch, requires, scheduled
 from gft_megatron.losses.reduce import masked_mean
 from gft_megatron.ops import segment_sums
 from gft_megatron.ops.rows import may_look
@@ -77,6 +77,7 @@ def worst_group(nll: Tensor, counts: Tensor) -> Tensor:  # [..., MAX_GROUPS] -> 
     return winner.where((counts > 0).any(-1), 0)
 
 
+@of_token_mean
 @scheduled(lam="0.9:0:linear")
 @requires("token_groups")
 @over_batch(group_sums_of_batch)

@@ -25,6 +25,7 @@ from gft_megatron.losses.inputs import (
     batch_sums_of_policy,
     batch_sums_of_this_batch,
     default_schedules,
+    is_of_token_mean,
     is_token_local,
     natural_responses,
     required_inputs,
@@ -128,6 +129,7 @@ def with_terms(
     combined.is_token_local = all(map(is_token_local, parts.values()))  # type: ignore[attr-defined]
     only_own = natural_responses(main) == "own"
     combined.trains_on = "mixed" if only_own and mix else natural_responses(main)  # type: ignore[attr-defined]
+    combined.of_token_mean = any(map(is_of_token_mean, parts.values()))  # type: ignore[attr-defined]
     combined.schedules = default_schedules(main)  # type: ignore[attr-defined]
     if any(map(batch_sums, parts.values())):
         combined.batch_sums = _sums_of(parts)  # type: ignore[attr-defined]

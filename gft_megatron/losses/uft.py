@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from gft_megatron.losses.importance import clipped_surrogate, log_ratios, own_tokens, sampler_weight
-from gft_megatron.losses.inputs import LossInputs, LossOutput, over_batch, requires, token_local, trains_on
+from gft_megatron.losses.inputs import (
+    LossInputs,
+    LossOutput,
+    of_token_mean,
+    over_batch,
+    requires,
+    token_local,
+    trains_on,
+)
 from gft_megatron.losses.reduce import masked_mean
 from gft_megatron.losses.sequences import count_tokens
 
@@ -41,6 +49,7 @@ def part_sums(inputs: LossInputs) -> dict[str, Tensor]:
     }
 
 
+@of_token_mean
 @trains_on("own")
 @token_local
 @requires("advantages", "old_log_probs", "rollout_log_probs")

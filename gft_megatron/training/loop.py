@@ -149,6 +149,7 @@ def _objective(phase: Phase, run: Run, step: int) -> Objective:
         hyper=config.hyper_at(step),
         temperature=config.rollout.rollout_temperature,
         vocab_size=run.shape.vocab_size,
+        tells_batch_sums=config.loss.batch_statistics == "previous-step",
         fused_linear_loss=config.optimizer.fused_linear_loss,
     )
 
@@ -170,8 +171,7 @@ def _update(phase: Phase, run: Run, progress: Progress, rollout: Rollout) -> Non
         if run.rewrites is not None:
             batch = prepared.mini_batch
             run.rewrites.observe(batch.rows, batch.responses, result.figures.sample_nll)
-        if config.loss.batch_statistics == "previous-step":
-            run.batch_sums = result.figures.sums
+        run.batch_sums = result.figures.sums
         progress.iteration += 1
         progress.samples_seen += prepared.mini_batch.num_samples
         progress.tokens_seen += result.figures.num_tokens

@@ -47,6 +47,8 @@ class Objective:
     """Log-probs are those of softmax(logits / temperature), as the samples were drawn."""
     vocab_size: int
     """True size; the padding of the last shard takes no part."""
+    tells_batch_sums: bool = False
+    """Take the sums of the batch in this pass too, for the step after it."""
     fused_linear_loss: bool = False
     """The last stage gives hidden states (`fused_linear.return_hidden_states`), and logits are never held."""
 
@@ -68,7 +70,7 @@ class BatchFigures:
     metrics: dict[str, float]
     num_tokens: int
     sums: dict[str, Tensor] | None
-    """What the loss's `batch_sums` said."""
+    """What the loss's `batch_sums` said; None unless the objective tells them."""
     sample_nll: Tensor
     """[samples of the batch] fp64: mean negative log-likelihood of each response."""
 
@@ -295,7 +297,7 @@ def _loss(
         **metric_sums,
         _SAMPLE_NLL: sample_sums(-log_probs.where(mask, 0.0), item.micro_batch),
     }
-    if sums is not None:
+    if sums is not None and objective.tells_batch_sums:
         of_batch = _once(sums(known.with_policy(log_probs, entropy)))
         report |= {_BATCH + name: value for name, value in of_batch.items()}
     return loss, num_tokens, report

@@ -36,11 +36,11 @@ def test_groups(flags, sizes):
 
 def test_terms_and_their_coefficients():
     config = config_of(
-        "--loss", "grpo", "--clip-high", 0.28, "--kl-coef", 0.1, "--mix-loss", "probability", "--power", 2,
+        "--loss", "grpo", "--clip-high", 0.28, "--kl-coef", 0.1, "--mix-loss", "probability", "--prob-power", 2,
         "--schedule", "mix_coef=1:0:linear", "entropy_coef=0:0.5:linear",
     )  # fmt: skip
     assert config.hyper_at(5) == pytest.approx(
-        {"clip_high": 0.28, "power": 2, "kl_coef": 0.1, "mix_coef": 0.5, "entropy_coef": 0.25}
+        {"clip_high": 0.28, "prob_power": 2, "kl_coef": 0.1, "mix_coef": 0.5, "entropy_coef": 0.25}
     )
     assert {"ref_log_probs", "entropy", "advantages"} <= required_inputs(config.loss_function)
     assert is_token_local(config.loss_function) and config.needs_reference
@@ -73,8 +73,10 @@ def test_a_schedule_of_the_paper_and_its_override():
         (["--loss", "sft", "--schedule", "mu=1:0:linear"], "--schedule mu: --loss sft has no such number"),
         (["--loss", "cadft", "--beta", -1], "--loss cadft: beta is -1.0; it has to be"),
         (["--loss", "grpo", "--clip-low", -0.1], "--loss grpo: clip_low is -0.1; it has to be at least 0"),
-        (["--loss", "probability", "--power", -1], "--loss probability: power"),
-        (["--loss", "chord_mu", "--schedule", "mu=0.5:1.5:linear"], "--loss chord_mu: mu is 1.0"),
+        (["--loss", "probability", "--prob-power", -1], "--loss probability: prob_power is -1.0"),
+        (["--loss", "chord_mu", "--schedule", "mu=0.5:1.5:linear"], "--loss chord_mu: mu is 1.5"),
+        (["--loss", "sft_go", "--loss-reduction", "seq-mean"], "--loss sft_go .*token-mean"),
+        (["--loss", "discriminative", "--batch-statistics", "previous-step"], "--loss discriminative .*exact"),
         (["--loss", "sft", "--rewrite-share", 2], "--rewrite-share is 2.0"),
         (["--loss", "gft", "--overlong-buffer-len", -1], "--overlong-buffer-len is -1"),
     ],

@@ -27,8 +27,8 @@ def test_a_phase_of_one_step():
 
 
 @pytest.mark.parametrize(
-    "text", ["mu", "mu=1", "mu=1:0", "mu=1:0:sine", "mu=a:0:linear", "mu=1:0:linear:x", "mu=1:nan:linear", "=1:0:step:2",
-             "mu=1:0:linear:0", "mu=1:0:linear:5:-1", "mu=1:0:linear:5:1:1"]
+    "text", ["mu", "mu=1", "mu=1:0", "mu=1:0:sine", "mu=a:0:linear", "mu=1:0:linear:x", "mu=1:nan:linear",
+             "=1:0:step:2", "mu=1:0:linear:0", "mu=1:0:linear:5:-1", "mu=1:0:linear:5:1:1"]
 )  # fmt: skip
 def test_what_is_no_schedule_is_refused(text):
     with pytest.raises(ValueError, match="--schedule .*expected NAME=START:END:SHAPE"):

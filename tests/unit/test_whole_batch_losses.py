@@ -33,12 +33,11 @@ def cadft_weights(tokens, beta):
     return {i: math.exp(-beta * max(0.0, (score - center) / (deviation + 1e-6))) for i, score in scores.items()}
 
 
-def cadft(beta, sample_mean=False):
+def cadft(beta):
     def formula(tokens):
-        weights, responses = cadft_weights(tokens, beta), by_response(tokens)
+        weights = cadft_weights(tokens, beta)
         assert sum(weight < 1 for weight in weights.values()) >= 2 and sum(w == 1 for w in weights.values()) >= 2
-        share = {i: NUM_TOKENS / (len(responses) * len(r)) if sample_mean else 1.0 for i, r in responses.items()}
-        return {t: -share[k.response] * weights[k.response] * k.p * k.log_prob for t, k in tokens.items()}
+        return {t: -weights[k.response] * k.p * k.log_prob for t, k in tokens.items()}
 
     return formula
 
@@ -149,7 +148,6 @@ def cool_mean(response):
 CASES = {
     "cadft": ("cadft", {}, cadft(1.0)),
     "cadft strong": ("cadft", {"beta": 3.0}, cadft(3.0)),
-    "cadft mean of samples": ("cadft", {"sample_mean": True}, cadft(1.0, sample_mean=True)),
     "sft_go": ("sft_go", {}, sft_go(0.9)),
     "sft_go half": ("sft_go", {"lam": 0.5}, sft_go(0.5)),
     "sft_go of samples": ("sft_go", {"lam": 0.7, "per_sample": True}, sft_go_per_sample(0.7)),
@@ -173,7 +171,6 @@ def test_loss_and_gradients_equal_float64(case):
 
 EVERY_LOSS = [
     *((name, {}) for name in LOSSES),
-    ("cadft", {"sample_mean": True}),
     ("sft_go", {"per_sample": True}),
     ("chord_mu", {"separate_means": True}),
     ("chord_phi", {"separate_means": True}),
@@ -228,17 +225,12 @@ def test_losses_without_batch_sums_take_no_forward_pass():
 # Limits
 
 
-@pytest.mark.parametrize("sample_mean", [False, True])
-def test_cadft_without_beta_is_dft(sample_mean):
+def test_cadft_without_beta_is_dft():
     inputs = make_inputs()
     dft = LOSSES["dft"](inputs)[0]
-    loss, metrics = LOSSES["cadft"](inputs, beta=0.0, sample_mean=sample_mean)
+    loss, metrics = LOSSES["cadft"](inputs, beta=0.0)
     assert metrics["weight_mean"] == 1 and metrics["downweighted_frac"] == 0
-    if not sample_mean:
-        torch.testing.assert_close(loss, dft, rtol=1e-6, atol=0)
-    else:
-        means = [mean(dft[inputs.mask & (inputs.sequence_ids == i)]) for i in range(len(RESPONSES)) if RESPONSES[i][4]]
-        assert float(loss.detach().sum()) / NUM_TOKENS == pytest.approx(mean(means), rel=1e-6)
+    torch.testing.assert_close(loss, dft, rtol=1e-6, atol=0)
 
 
 def test_cadft_of_equal_responses_and_of_one_is_dft():
