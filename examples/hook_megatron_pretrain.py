@@ -1,12 +1,14 @@
 """DFT in the style of Megatron-LM's pretrain_gpt.py: one line in model_provider.
 
 It needs megatron.training, which megatron-core has from 0.19 on, and a GPU. The wheel of 0.19.2 lacks the Makefile that
-megatron.training runs (core/datasets); a checkout of Megatron-LM has it. Any of Megatron's flags may follow:
+megatron.training runs (in core/datasets); a checkout of Megatron-LM has it. Tried with stand-ins for both on two CPU
+ranks (TP 2, PP 2), not on a GPU yet:
 
 torchrun --nproc-per-node 2 examples/hook_megatron_pretrain.py --tensor-model-parallel-size 2 --num-layers 2 \
     --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --micro-batch-size 2 \
     --train-iters 5 --lr 1e-3 --log-interval 1 --eval-interval 100 --eval-iters 0 --calculate-per-token-loss \
-    --transformer-impl local --tokenizer-type NullTokenizer --vocab-size 127
+    --transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-gradient-accumulation-fusion \
+    --tokenizer-type NullTokenizer --vocab-size 127
 """
 
 import torch
