@@ -163,13 +163,17 @@ def test_the_reference_is_a_constant() -> None:
 @pytest.mark.parametrize("ops", [OPS, reference], ids=["compiled", "reference"])
 def test_shards_of_any_width_match_dense(ops, edges: list[int]) -> None:
     vocab = 990
-    logits, ref_logits = make_pair(6, 1000, torch.float32)
-    labels = torch.tensor([0, 5, -100, 3, 3, 3])
+    logits, ref_logits = make_pair(8, 1000, torch.float32)
+    labels = torch.tensor([0, 5, -100, 3, 3, 3, 3, 3])
     logits[2] = NAN
     logits[3, 0] = 1e4  # one shard has all of the policy
     logits[4, :600] = ref_logits[4, :600] = -INF
     logits[5, :7] = -INF
-    grad_kl = upstream(6)[0]
+    logits[6] -= 1e4  # far below the 0 that an empty shard counts from
+    ref_logits[6] -= 1e4
+    logits[7, :7] = -INF  # excluded, and nothing beside the rest of the reference
+    ref_logits[7, :7] -= 1e4
+    grad_kl = upstream(8)[0]
     expected = dense_kl(logits, ref_logits, grad_kl, labels=labels, temperature=TEMPERATURE, vocab_size=vocab)
     shards = [(slice(a, b), min(max(vocab - a, 0), b - a)) for a, b in zip(edges, edges[1:], strict=False)]
     stats = [ops.kl_stats(logits[:, c], ref_logits[:, c], labels, valid, 1 / TEMPERATURE) for c, valid in shards]
