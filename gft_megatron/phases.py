@@ -25,7 +25,7 @@ _OWN_FLAGS = (
     "advantage_normalization", "advantage_ddof", "advantage_scope", "overlong_buffer_len", "mask_truncated",
     "skip_zero_variance", "refill_groups",
     "loss_reduction", "batch_statistics", "schedule", "kl_coef", "kl_estimator", "kl_in", "entropy_coef",
-    "mix_loss", "mix_coef",
+    "mix_loss", "mix_coef", "rewrite_interval", "rewrite_warmup", "rewrite_share", "rewrite_probability",
 )  # fmt: skip
 _REPEATED = re.compile(r"\(([^()]*)\)\s*\*\s*(\d+)")
 _NEXT_FLAG = re.compile(r":(?=[a-zA-Z_-]+=)")
