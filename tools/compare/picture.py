@@ -38,7 +38,7 @@ def draw(figures: Figures, path: Path) -> None:
     marks = [
         pyplot.Line2D([], [], marker="o", linestyle="", color=_ALONE, label="method"),
         pyplot.Line2D([], [], marker="o", linestyle="", color=_THEN, label="then GRPO"),
-        pyplot.Line2D([], [], linestyle="--", linewidth=1, color=_REFERENCE, label="GRPO, twice as long"),
+        pyplot.Line2D([], [], linestyle="--", linewidth=1, color=_REFERENCE, label="GRPO (twice as long)"),
     ]
     figure.legend(handles=marks, frameon=False, fontsize=8, loc="outside upper right", ncols=len(marks))
     num_seeds = len(figures[WARMUP])
