@@ -230,12 +230,12 @@ def test_text_says_what_the_differences_support():
     tuned = {method.name: dict.fromkeys(GRID, 0.3) for method in methods()}
     text = markdown(made_up_figures(), CHOICE, tuned, SETTINGS)
     assert "| SFT | 5e-05 | 300 | 0.300 +- 0.006 |" in text
-    assert "| SFT, early stop | 0.0002 | 75 |" in text
-    assert "| GFT, paper | SFT | +0.033 +- 0.009 | +3.8 |" in text
+    assert "| SFT (early stop) | 0.0002 | 75 |" in text
+    assert "| GFT (paper) | SFT | +0.033 +- 0.009 | +3.8 |" in text
     against_sft = next(line for line in text.splitlines() if "against SFT" in line)
     above, _, not_told_apart = against_sft.partition("not told apart: ")
-    assert "DFT" in above and "GFT, paper" not in above
-    assert "GFT, paper" in not_told_apart and "above" not in not_told_apart
+    assert "DFT" in above and "GFT (paper)" not in above
+    assert "GFT (paper)" in not_told_apart and "above" not in not_told_apart
     assert "4.3 standard errors" in text
     one_seed = {row: {1: of_seeds[1]} for row, of_seeds in made_up_figures().items()}
     assert "One seed has no standard error" in markdown(one_seed, CHOICE, tuned, Comparison(seeds=1))

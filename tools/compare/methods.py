@@ -29,8 +29,8 @@ _OTHERS = (
     Method("dft", "DFT", "dft", (1, 0, 0)),
     Method("cadft", "CADFT", "cadft", (1, 0, 0)),
     Method("sft-go", "SFT-GO", "sft_go", (1, 0, 0), scored=True),
-    Method("gft", "GFT, paper", "gft", (1, 3, 4), ("--tau", "0.7")),
-    Method("gft-recorded", "GFT, recorded only", "gft", (1, 3, 4), ("--tau", "0.7", "--tau-self", "0")),
+    Method("gft", "GFT (paper)", "gft", (1, 3, 4), ("--tau", "0.7")),
+    Method("gft-recorded", "GFT (recorded only)", "gft", (1, 3, 4), ("--tau", "0.7", "--tau-self", "0")),
 )
 
 
@@ -64,10 +64,10 @@ def methods() -> list[Method]:
 def rows() -> list[Row]:
     """In the order of the table: every method by itself, then what GRPO makes of it."""
     alone = [Row(method.name, method.title, method) for method in methods()]
-    alone.insert(1, Row(SFT_EARLY, "SFT, early stop", SFT, early=True))
-    long = Row(GRPO_LONG, "GRPO, twice as long", GRPO, length=2)
+    alone.insert(1, Row(SFT_EARLY, "SFT (early stop)", SFT, early=True))
+    long = Row(GRPO_LONG, "GRPO (twice as long)", GRPO, length=2)
     then = [
-        Row(f"{row.name}-then-grpo", f"{row.title}, then GRPO", GRPO, start=row.name)
+        Row(f"{row.name}-then-grpo", f"{row.title} -> GRPO", GRPO, start=row.name)
         for row in alone
         if row.name in _BEFORE_GRPO
     ]

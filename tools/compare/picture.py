@@ -6,6 +6,7 @@ from pathlib import Path
 
 from compare.methods import GRPO, GRPO_LONG, WARMUP, Row, rows
 from compare.table import AVG, PASS, Figures, estimate
+from matplotlib.axes import Axes
 
 _ALONE, _THEN, _REFERENCE = "#2f6fde", "#e8873a", "#9aa3af"
 
@@ -17,12 +18,9 @@ def draw(figures: Figures, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [row for row in rows() if row.start == WARMUP]
-    then = {row.start: row for row in rows() if row.start != WARMUP} | {
-        WARMUP: _row(GRPO.name),
-        GRPO.name: _row(GRPO_LONG),
-    }
-    shown = [row for row in lines if row.name not in (GRPO.name, GRPO_LONG)]
+    by_name = {row.name: row for row in rows()}
+    then = {row.start: row for row in by_name.values() if row.method is GRPO and row.name != GRPO_LONG}
+    shown = [row for row in by_name.values() if row.start == WARMUP and row.method is not GRPO]
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 1.4 + 0.42 * len(shown)), sharey=True, layout="constrained")
     for axis, name in zip(axes, (AVG, PASS), strict=True):
         for place, row in enumerate(shown):
@@ -40,20 +38,16 @@ def draw(figures: Figures, path: Path) -> None:
     marks = [
         pyplot.Line2D([], [], marker="o", linestyle="", color=_ALONE, label="method"),
         pyplot.Line2D([], [], marker="o", linestyle="", color=_THEN, label="then GRPO"),
-        pyplot.Line2D([], [], linestyle="--", linewidth=1, color=_REFERENCE, label="GRPO, twice as long"),
+        pyplot.Line2D([], [], linestyle="--", linewidth=1, color=_REFERENCE, label="GRPO (twice as long)"),
     ]
-    axes[1].legend(handles=marks, frameon=False, fontsize=8, loc="lower left")
+    figure.legend(handles=marks, frameon=False, fontsize=8, loc="outside upper right", ncols=len(marks))
     num_seeds = len(figures[WARMUP])
     figure.supxlabel(f"mean and standard error over {num_seeds} seeds, small dots are seeds", fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
-def _row(name: str) -> Row:
-    return next(row for row in rows() if row.name == name)
-
-
-def _dots(axis, figures: Figures, row: Row, name: str, height: float, color: str) -> None:
+def _dots(axis: Axes, figures: Figures, row: Row, name: str, height: float, color: str) -> None:
     values = [of[name] for of in figures[row.name].values()]
     of = estimate(values)
     axis.plot(values, [height] * len(values), "o", markersize=2.5, color=color, alpha=0.4)

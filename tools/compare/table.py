@@ -130,6 +130,8 @@ def _legend(settings: Comparison, choice: Choice, tuned: dict[str, dict[float, f
         f"Held-out countdown problems, {SAMPLES} samples each at temperature 1; mean +- standard error over "
         f"{settings.seeds} seeds (of data, warm-up and training). All seeds have the same problems, so the error says "
         "nothing of others.",
+        "SFT (mix) trains on experts and teachers, the other SFT kinds on experts; a fifth of the teachers' answers is "
+        "noise. GFT has 1 expert, 3 teacher and 4 own answers a group; recorded only: own answers are not rectified.",
         "distinct: different right answers among the samples of a problem. H: entropy per token of the samples, in "
         "nats. gap: avg on training problems minus avg on held-out ones. zero-variance: share of training problems "
         "whose samples are all right or all wrong, so that group RL learns nothing from them. expert NLL: nats per "
