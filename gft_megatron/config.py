@@ -89,6 +89,9 @@ class DataConfig:
     """Longest prompt, in tokens; default --seq-length minus --rollout-max-response-len."""
     max_bad_row_frac: float = 0.01
     """Stop before training when a larger share of the rows is bad."""
+    token_scores: Literal["data", "excess"] = "data"
+    """Where SFT-GO's token groups come from: scores in the rows (tools/score_tokens.py), or the loss of each token in
+    excess of the reference model's."""
     eta: float = 0.5
     """Share of a response's tokens that count as important (SFT-GO)."""
 
@@ -349,7 +352,14 @@ class RunConfig:
     @property
     def needs_reference(self) -> bool:
         """Whether something is compared with the frozen reference model."""
-        return bool(required_inputs(self.loss_function) & {"ref_log_probs", "ref_kl"}) or self.changes("kl_coef")
+        return bool(required_inputs(self.loss_function) & {"ref_log_probs", "ref_kl"}) or (
+            self.changes("kl_coef") or self.groups_by_excess
+        )
+
+    @property
+    def groups_by_excess(self) -> bool:
+        """Whether token groups are made in the run, not read from the data."""
+        return self.data.token_scores == "excess" and "token_groups" in required_inputs(self.loss_function)
 
     def changes(self, name: str) -> bool:
         """Whether this coefficient is, or becomes, anything but 0."""

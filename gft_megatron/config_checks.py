@@ -93,9 +93,11 @@ def _require_groups(config: RunConfig) -> None:
 
 
 def _require_token_groups(config: RunConfig) -> None:
-    if "token_groups" in required_inputs(config.loss_function) and config.group_sizes.n_self:
+    from_data = "token_groups" in required_inputs(config.loss_function) and not config.groups_by_excess
+    if from_data and config.group_sizes.n_self:
         raise ValueError(
-            f"--loss {config.loss.loss} needs a score for each token, and own samples have none: add --n-self 0"
+            f"--loss {config.loss.loss} needs a score for each token, and own samples have none: add --n-self 0, or "
+            f"--token-scores excess"
         )
     if config.rewrite.rewrite_interval and not config.group_sizes.n_expert + config.group_sizes.n_teacher:
         raise ValueError("--rewrite-interval replaces recorded responses, and there are none: add --n-expert 1")

@@ -41,6 +41,7 @@ class PackedMicroBatch:
     advantages: Tensor  # [S] float32
     rewards: Tensor  # [S] float32
     weights: Tensor  # [S] float32, what the losses of a sample's tokens are multiplied with
+    label_places: Tensor  # [T] int64, index of the label among the tokens of the batch that was planned; -1 without one
     sample_ids: Tensor  # [S] int64, index of the sample in the batch that was planned
     response_lengths: Tensor  # [samples of that batch] int64
 
@@ -130,6 +131,8 @@ def pack_micro_batch(
     log_probs = torch.full((length,), math.nan, dtype=torch.float32)
     token_groups = torch.full((length,), -1, dtype=torch.int64)
     sequence_ids = torch.zeros(length, dtype=torch.int64)
+    places = torch.full((length,), -1, dtype=torch.int64)
+    batch_ends = batch.lengths.cumsum(0)[list(indices)].tolist()
     start = 0
     for i, (end, num_tokens, num_prompt) in enumerate(
         zip(ends, samples.lengths.tolist(), samples.prompt_lengths.tolist(), strict=True)
@@ -142,6 +145,7 @@ def pack_micro_batch(
         log_probs[first:last] = samples.rollout_log_probs[sample][num_prompt:]
         token_groups[first:last] = samples.token_groups[sample][num_prompt:]
         sequence_ids[start : start + num_tokens] = i
+        places[first:last] = torch.arange(batch_ends[i] - (num_tokens - num_prompt), batch_ends[i])
         start += padded[i]
 
     here = _positions_of_rank(sizes, cp_size, cp_rank)
@@ -163,6 +167,7 @@ def pack_micro_batch(
         advantages=columns.advantages,
         rewards=columns.rewards,
         weights=torch.ones(len(columns.sources)) if weights is None or not len(indices) else weights[list(indices)],
+        label_places=places[here],
         sample_ids=torch.tensor(list(indices) or [0]),
         response_lengths=batch.lengths - batch.prompt_lengths,
     )

@@ -15,6 +15,7 @@ from gft_megatron.losses.reduce import response_weights
 from gft_megatron.losses.terms import KlEstimator, kl_penalty
 from gft_megatron.observe.metrics import Timings
 from gft_megatron.rollout.collect import GroupRecipe, recipe_advantages
+from gft_megatron.training.excess import with_excess_groups
 from gft_megatron.training.micro_batches import pack_for_this_replica, split_over_steps
 from gft_megatron.training.passes import Chunks, Report, run_schedule, sum_over_replicas
 from gft_megatron.training.reference import Reference
@@ -46,12 +47,21 @@ def prepare_steps(
     if len(steps) > 1 and "old_log_probs" in reads:
         with timings.measure("old_log_probs"):
             steps = [_with_old_log_probs(step, chunks, objective) for step in steps]
-    if reads & {"ref_log_probs", "ref_kl"}:
+    groups_tokens = "token_groups" in reads and config.data.token_scores == "excess"
+    if reads & {"ref_log_probs", "ref_kl"} or groups_tokens:
         assert reference is not None
         with timings.measure("ref_log_probs"):
             steps = [
                 dataclasses.replace(
                     step, inputs=reference.forward(chunks, step.inputs, objective, with_logits="ref_kl" in reads)
+                )
+                for step in steps
+            ]
+    if groups_tokens:
+        with timings.measure("token_groups"):
+            steps = [
+                dataclasses.replace(
+                    step, inputs=with_excess_groups(step.mini_batch, step.inputs, chunks, objective, config.data.eta)
                 )
                 for step in steps
             ]

@@ -142,7 +142,7 @@ def _build_run(
         shape,
         run_dir,
         console,
-        needs_token_groups=any("token_groups" in required_inputs(phase.config.loss_function) for phase in phases),
+        needs_token_groups=any(_needs_scored_data(phase.config) for phase in phases),
     )
     eval_prompts = None
     if config.data.eval_prompt_data:
@@ -298,7 +298,7 @@ def _prompts(
     if needs_token_groups and info.num_scored < info.num_expert + info.num_teacher:
         raise ValueError(
             f"{info.num_expert + info.num_teacher - info.num_scored} recorded responses have no token_scores, which a "
-            f"loss of this run needs: write them with tools/score_tokens.py"
+            f"loss of this run needs: write them with tools/score_tokens.py, or add --token-scores excess"
         )
     prompts = PromptStore(store)
     if prompts.fingerprint != info.fingerprint:
@@ -306,6 +306,10 @@ def _prompts(
             f"{store} is another file here than on rank 0: --run-dir has to be on a disk that all nodes see"
         )
     return prompts
+
+
+def _needs_scored_data(config: RunConfig) -> bool:
+    return "token_groups" in required_inputs(config.loss_function) and not config.groups_by_excess
 
 
 def _reference(

@@ -65,6 +65,8 @@ def check(packed: PackedMicroBatch, expected: dict[str, list], places: list[int]
         actual = getattr(packed, name).double().numpy()
         np.testing.assert_allclose(actual, np.array(column, float)[places], rtol=1e-6, err_msg=name)
     assert torch.equal(packed.mask, packed.labels != -100)
+    # The batch's tokens are 1, 2, 3, ...
+    assert torch.equal(packed.label_places, (packed.labels - 1).where(packed.mask, -1))
 
 
 @pytest.mark.parametrize("indices", [[0], [1], [4, 1, 2], [3, 0, 1, 2, 4]])
