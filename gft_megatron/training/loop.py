@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from gft_megatron.config import RunConfig
 from gft_megatron.groups import Batch, Source
-from gft_megatron.losses import required_inputs
+from gft_megatron.losses import required_inputs, response_figures
 from gft_megatron.observe.console import SampleRow
 from gft_megatron.observe.report import write_curves
 from gft_megatron.phases import Phase, phase_at
@@ -173,6 +173,9 @@ def _update(phase: Phase, run: Run, progress: Progress, rollout: Rollout) -> Non
     for prepared in steps:
         objective = _objective(phase, run, progress.iteration - phase.start)
         result = train_step(run.chunks, run.optimizer, run.scheduler, prepared.inputs, objective, batch=run.batch_sums)
+        if (tell := response_figures(objective.loss)) is not None:
+            told = tell(result.figures.sample_nll, run.batch_sums, **objective.hyper)
+            metrics |= {f"train/{name}": value for name, value in told.items()}
         if run.rewrites is not None:
             batch = prepared.mini_batch
             run.rewrites.observe(batch.rows, batch.responses, result.figures.sample_nll)
