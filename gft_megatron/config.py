@@ -130,9 +130,14 @@ class RolloutConfig:
     mask_truncated: bool = False
     """Leave out own samples that did not end (DAPO's overlong filtering)."""
     skip_zero_variance: bool = True
-    """Leave out groups whose rewards are all equal: they carry no gradient."""
+    """Leave out groups whose rewards are all equal: they carry no gradient. With hints they do, and are kept."""
     refill_groups: bool = False
     """Draw more prompts until --rollout-batch-size groups with unequal rewards are there."""
+    hint_segments: int = 0
+    """Pieces that an expert's response is cut into, the first of which own samples may begin with (UFT); the paper's
+    number is 5. 0: no hints."""
+    hint_share: float = 0.0
+    """Chance of each piece to be given; the paper's is --schedule hint_share=0.95:0.05:cosine:300."""
 
 
 _ScheduleStyle = Literal["constant", "cosine", "linear", "inverse-square-root", "WSD"]
@@ -212,7 +217,7 @@ class _LossSettings:
     """Where losses that compare a response with the global batch (CADFT, SFT-GO, UFT) know it from: a forward-only pass
     before each step, or the step before, which costs nothing and is an approximation."""
     schedule: tuple[str, ...] = ()
-    """Hyper-parameters that change: NAME=START:END:SHAPE[:STEPS[:WARMUP]] with shapes linear, cosine, step."""
+    """Numbers that change: NAME=START:END:SHAPE[:STEPS[:WARMUP]] with shapes linear, cosine, step."""
     kl_coef: float = 0.0
     """Weight of the KL divergence from the reference model."""
     kl_estimator: KlEstimator = "k3"
@@ -322,9 +327,11 @@ class RunConfig:
         return {name: self.value_at(name, step) for name in dict.fromkeys(names)}
 
     def value_at(self, name: str, step: int) -> Any:
-        """A hyper-parameter or coefficient in step `step`, counted from 0."""
+        """A hyper-parameter, a coefficient or hint_share in step `step`, counted from 0."""
         schedule = self.schedules.get(name)
-        return getattr(self.loss, name) if schedule is None else schedule.at(step, self.train_iters)
+        if schedule is not None:
+            return schedule.at(step, self.train_iters)
+        return self.rollout.hint_share if name == "hint_share" else getattr(self.loss, name)
 
     @property
     def terms(self) -> list[str]:

@@ -40,6 +40,7 @@ def check_config(config: RunConfig) -> None:
         raise ValueError("--train-iters is missing: the number of optimizer steps (or --phases)")
     _require_known_loss(config)
     _require_groups(config)
+    _require_hints(config)
     _require_token_groups(config)
     _require_reference(config)
     _try_hyper_parameters(config)
@@ -58,9 +59,10 @@ def _require_known_loss(config: RunConfig) -> None:
         if name not in known and getattr(loss, name) is not None:
             raise ValueError(f"{flag_of(name)} has no meaning for --loss {loss.loss}")
     for name in parse_schedules(loss.schedule):
-        if name not in known and name not in COEFFICIENTS:
+        if name not in (*known, *COEFFICIENTS, "hint_share"):
             raise ValueError(
-                f"--schedule {name}: --loss {loss.loss} has no such number; it has {', '.join((*known, *COEFFICIENTS))}"
+                f"--schedule {name}: --loss {loss.loss} has no such number; it has "
+                f"{', '.join((*known, *COEFFICIENTS, 'hint_share'))}"
             )
     if loss.batch_statistics == "previous-step" and batch_sums_of_this_batch(config.loss_function):
         raise ValueError(f"--loss {loss.loss} compares the responses of this batch: --batch-statistics has to be exact")
@@ -90,6 +92,26 @@ def _require_groups(config: RunConfig) -> None:
         raise ValueError(f"--mix-loss {config.loss.mix_loss} learns from recorded responses: add --n-expert 1")
     if config.changes("kl_coef") and config.loss.kl_in == "reward" and not (compares and sizes.n_self):
         raise ValueError(f"--kl-in reward: --loss {config.loss.loss} on {given} reads no rewards of own samples")
+
+
+def _require_hints(config: RunConfig) -> None:
+    segments, schedule = config.rollout.hint_segments, config.schedules.get("hint_share")
+    shares = [config.rollout.hint_share] if schedule is None else [schedule.start, schedule.end]
+    for share in shares:
+        if not 0 <= share <= 1:
+            raise ValueError(f"--hint-share is {share}; it has to be between 0 and 1")
+    if (segments > 0) != (max(shares) > 0):
+        raise ValueError(
+            f"--hint-segments {segments} with a --hint-share of {max(shares)}: hints take both, as in "
+            f"--hint-segments 5 --schedule hint_share=0.95:0.05:cosine:300"
+        )
+    if segments and config.loss.loss != "uft":
+        raise ValueError(
+            f"--hint-segments: --loss {config.loss.loss} would take hints for tokens that the model drew; only uft "
+            f"tells them apart"
+        )
+    if segments and config.loss.kl_in == "reward" and config.changes("kl_coef"):
+        raise ValueError("--kl-in reward would count hints as tokens that the model drew: add --kl-in loss")
 
 
 def _require_token_groups(config: RunConfig) -> None:
@@ -141,6 +163,7 @@ def _require_sizes(config: RunConfig) -> None:
         (config.rollout, "n_teacher"),
         (config.rollout, "n_self"),
         (config.rollout, "overlong_buffer_len"),
+        (config.rollout, "hint_segments"),
     ):
         value = getattr(section, name)
         if value is not None and value < 0:

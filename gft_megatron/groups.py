@@ -65,7 +65,7 @@ class Sample:
     reward: float
     """NaN where the run needs no reward (SFT on recorded responses)."""
     truncated: bool = False
-    rollout_log_probs: np.ndarray | None = None  # [response length] float32, None for recorded responses
+    rollout_log_probs: np.ndarray | None = None  # [response length] float32, NaN in a hint; None for recorded responses
     weight_spans: tuple[WeightSpan, ...] = ()
     response: int = -1
     """Which of the row's recorded responses it is; -1 for own samples."""
@@ -85,7 +85,7 @@ class Batch:
     """Samples as flat tensors: n samples, t tokens (prompt and response of every sample, one after the other)."""
 
     tokens: Tensor  # [t] int64
-    rollout_log_probs: Tensor  # [t] float32, NaN where the sampler gave none (prompts, recorded responses)
+    rollout_log_probs: Tensor  # [t] float32, NaN where the sampler gave none (prompts, hints, recorded responses)
     token_groups: Tensor  # [t] int64, -1 where unknown (prompts, own samples, responses without scores)
     lengths: Tensor  # [n] int64, prompt + response
     prompt_lengths: Tensor  # [n] int64

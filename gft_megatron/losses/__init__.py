@@ -28,6 +28,7 @@ from gft_megatron.losses.inputs import (
     is_token_local,
     natural_responses,
     required_inputs,
+    response_figures,
 )
 from gft_megatron.losses.iw_sft import iw_sft
 from gft_megatron.losses.luffy import luffy
@@ -94,4 +95,5 @@ __all__ = [
     "loss_hyper_parameters",
     "natural_responses",
     "required_inputs",
+    "response_figures",
 ]

@@ -17,11 +17,13 @@ Written from two notes that agree; no official code is known. They leave open:
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from gft_megatron.losses.coefficients import coefficient_shares
-from gft_megatron.losses.inputs import LossInputs, LossOutput, over_batch
+from gft_megatron.losses.inputs import LossInputs, LossOutput, over_batch, tells_responses
 from gft_megatron.losses.reduce import masked_mean
 from gft_megatron.losses.sequences import sequence_sums
 
@@ -37,13 +39,40 @@ def compatibility(inputs: LossInputs) -> tuple[Tensor, Tensor]:  # [num_sequence
 def compatibility_sums(inputs: LossInputs) -> dict[str, Tensor]:
     """Of the responses that have a token: how many, and the sums of c and c^2."""
     scores, counts = compatibility(inputs)
+    return _sums_of(scores, counts > 0)
+
+
+def _sums_of(scores: Tensor, counted: Tensor) -> dict[str, Tensor]:  # [n] fp64, [n] bool
     return {
-        "sequences": (counts > 0).double().sum(),
+        "sequences": counted.double().sum(),
         "score": scores.sum(),
         "score_squared": scores.square().sum(),
     }
 
 
+def _weights_of(scores: Tensor, batch: Mapping[str, Tensor], beta: float) -> Tensor:  # [n] fp64 -> [n] fp64
+    """w of responses with these c, among a batch with these sums."""
+    num_sequences = batch["sequences"].clamp(min=1)
+    mean = batch["score"] / num_sequences
+    deviation = (batch["score_squared"] / num_sequences - mean.square()).clamp(min=0).sqrt()
+    return (-beta * ((scores - mean) / (deviation + _EPS)).clamp(min=0)).exp()
+
+
+def weight_quantiles(
+    sample_nll: Tensor,  # [n] fp64
+    batch: Mapping[str, Tensor] | None,
+    *,
+    beta: float = 1.0,
+) -> dict[str, float]:
+    """The 10, 50 and 90 % quantiles of the weights of all responses, as the loss had them."""
+    if batch is None:
+        batch = _sums_of(sample_nll, torch.ones_like(sample_nll, dtype=torch.bool))
+    weights = _weights_of(sample_nll, {name: value.to(sample_nll.device) for name, value in batch.items()}, beta)
+    levels = torch.tensor([0.1, 0.5, 0.9], dtype=weights.dtype, device=weights.device)
+    return dict(zip(("weight_q10", "weight_q50", "weight_q90"), weights.quantile(levels).tolist(), strict=True))
+
+
+@tells_responses(weight_quantiles)
 @over_batch(compatibility_sums)
 def cadft(inputs: LossInputs, *, beta: float = 1.0) -> LossOutput:
     """CADFT's per-token loss [n], 0 on masked positions. Every response counts, whatever its reward.
@@ -58,10 +87,7 @@ def cadft(inputs: LossInputs, *, beta: float = 1.0) -> LossOutput:
         raise ValueError(f"beta is {beta}; it has to be finite and at least 0 (0 is DFT)")
     assert inputs.batch is not None
     scores, _ = compatibility(inputs)
-    num_sequences = inputs.batch["sequences"].clamp(min=1)
-    mean = inputs.batch["score"] / num_sequences
-    deviation = (inputs.batch["score_squared"] / num_sequences - mean.square()).clamp(min=0).sqrt()
-    weight = (-beta * ((scores - mean) / (deviation + _EPS)).clamp(min=0)).exp()
+    weight = _weights_of(scores, inputs.batch, beta)
 
     mask = inputs.mask.bool()
     log_probs = inputs.log_probs.where(mask, 0.0)

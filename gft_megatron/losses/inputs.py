@@ -147,6 +147,30 @@ def batch_sums_of_this_batch(loss: LossFn) -> bool:
     return getattr(loss, "batch_sums_of_this_batch", False)
 
 
+ResponseFigures = Callable[..., dict[str, float]]
+
+
+def tells_responses(figures: ResponseFigures) -> Callable[[LossFn], LossFn]:
+    """Declare what a loss has to say of the responses of the global batch that no mean over tokens says.
+
+    Args:
+        figures: called after each step with the mean negative log-likelihood of every response ([n] fp64), with the
+            sums over the batch that the loss read (see `over_batch`; None: those of these responses), and with the
+            loss's hyper-parameters. It returns metrics.
+    """
+
+    def decorate(loss: LossFn) -> LossFn:
+        loss.response_figures = figures  # type: ignore[attr-defined]
+        return loss
+
+    return decorate
+
+
+def response_figures(loss: LossFn) -> ResponseFigures | None:
+    """What this loss was declared to tell of responses."""
+    return getattr(loss, "response_figures", None)
+
+
 Responses = Literal["recorded", "mixed", "own"]
 
 

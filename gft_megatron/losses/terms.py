@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -21,6 +21,7 @@ from gft_megatron.losses.inputs import (
     LossFn,
     LossInputs,
     LossOutput,
+    ResponseFigures,
     batch_sums,
     batch_sums_of_policy,
     batch_sums_of_this_batch,
@@ -29,6 +30,7 @@ from gft_megatron.losses.inputs import (
     is_token_local,
     natural_responses,
     required_inputs,
+    response_figures,
 )
 from gft_megatron.losses.reduce import masked_mean
 
@@ -92,7 +94,8 @@ def with_terms(
 
     The result takes the hyper-parameters of `main` and of `mix`; one that both have goes to both. The metrics of `mix`
     have the prefix "mix_" and count own tokens as 0. It is made for the responses that `main` is made for, and recorded
-    ones where there is a `mix`. A coefficient out of range is a ValueError then, an unknown term is one here.
+    ones where there is a `mix`. What is told of whole responses (`tells_responses`) is what `main` has to tell. A
+    coefficient out of range is a ValueError then, an unknown term is one here.
     """
     unknown = set(terms) - set(COEFFICIENTS)
     if unknown or ("mix_coef" in terms) != (mix is not None):
@@ -131,6 +134,7 @@ def with_terms(
     combined.trains_on = "mixed" if only_own and mix else natural_responses(main)  # type: ignore[attr-defined]
     combined.of_token_mean = any(map(is_of_token_mean, parts.values()))  # type: ignore[attr-defined]
     combined.schedules = default_schedules(main)  # type: ignore[attr-defined]
+    combined.response_figures = _response_figures_of(main)  # type: ignore[attr-defined]
     if any(map(batch_sums, parts.values())):
         combined.batch_sums = _sums_of(parts)  # type: ignore[attr-defined]
         combined.batch_sums_of_policy = any(map(batch_sums_of_policy, parts.values()))  # type: ignore[attr-defined]
@@ -164,8 +168,22 @@ def _sums_of(parts: dict[str, LossFn]) -> Any:
 
 
 def _part_of_batch(inputs: LossInputs, part: str) -> LossInputs:
-    if inputs.batch is None:
-        return inputs
+    return dataclasses.replace(inputs, batch=_part_of_sums(inputs.batch, part))
+
+
+def _part_of_sums(batch: Mapping[str, Tensor] | None, part: str) -> dict[str, Tensor] | None:
     prefix = f"{part}_"
-    own = {name.removeprefix(prefix): value for name, value in inputs.batch.items() if name.startswith(prefix)}
-    return dataclasses.replace(inputs, batch=own or None)
+    own = {name.removeprefix(prefix): value for name, value in (batch or {}).items() if name.startswith(prefix)}
+    return own or None
+
+
+def _response_figures_of(main: LossFn) -> ResponseFigures | None:
+    figures = response_figures(main)
+    if figures is None:
+        return None
+
+    def of_main(sample_nll: Tensor, batch: Mapping[str, Tensor] | None, **hyper: Any) -> dict[str, float]:
+        known = {name: value for name, value in hyper.items() if name in _hyper_names(main)}
+        return figures(sample_nll, _part_of_sums(batch, "main"), **known)
+
+    return of_main

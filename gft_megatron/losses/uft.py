@@ -9,7 +9,12 @@ tokens, over the global batch:
     loss_t = N / N_drawn * GRPO's loss_t     drawn tokens
     loss_t = -hint_coef N / N_hint log p_t   hint tokens
 
-The authors also have a KL term: --kl-coef. How long hints are, falling to none, is the matter of the data.
+How long hints are is the matter of rollout/hints.py. The paper's settings, after which the model answers alone:
+
+    --phases uft:300:hint_segments=5:schedule=hint_share=0.95:0.05:cosine,uft:200 --n-self 4
+
+The authors also have a KL term: --kl-coef. Without hints the loss is GRPO's. Groups with equal rewards, which GRPO
+leaves out, are kept while there are hints to learn from. Prompts without an expert's response get no hint.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import count
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from gft_megatron.rollout.engine import (
     RolloutError,
     SamplingParams,
 )
+from gft_megatron.rollout.hints import NO_HINT, Hints, draw_hint
 
 _ATTEMPTS = 3
 _logger = logging.getLogger(__name__)
@@ -51,6 +53,8 @@ class GroupRecipe:
     """A response is compared with those of its own source only, not with all of its group."""
     overlong_buffer_len: int = 0
     """See `overlong_penalty`; 0: none."""
+    hints: Hints | None = None
+    """Own samples begin with a part of an expert's response; None: they do not."""
 
     @property
     def needs_rewards(self) -> bool:
@@ -144,7 +148,10 @@ class Collector:
 
         async def of(prompt: Prompt) -> list[Sample]:
             drawn = await asyncio.gather(
-                *(self._own(prompt, sampling, f"{name}/{prompt.row}/{k}", limit, counts) for k in range(num_samples))
+                *(
+                    self._own(prompt, NO_HINT, sampling, f"{name}/{prompt.row}/{k}", limit, counts)
+                    for k in range(num_samples)
+                )
             )
             return [sample for sample in drawn if sample is not None]
 
@@ -158,7 +165,7 @@ class Collector:
 
         async def of(prompt: Prompt, name: str) -> Completion | None:
             async with limit:
-                return await self._generate(prompt, sampling, name)
+                return await self._generate(prompt, NO_HINT, sampling, name)
 
         return list(await asyncio.gather(*map(of, prompts, names)))
 
@@ -174,9 +181,13 @@ class Collector:
         # Without own samples there is no engine to refill from (SFT): the group is what the data holds.
         n_self = recipe.n_self + missing if recipe.n_self else 0
         counts.refilled_samples += n_self - recipe.n_self
+        hints = [NO_HINT if recipe.hints is None else draw_hint(prompt, recipe.hints, choose) for _ in range(n_self)]
         samples = await asyncio.gather(
             *(self._recorded(prompt, i, recipe.needs_rewards, counts) for i in recorded),
-            *(self._own(prompt, recipe.sampling, f"{name}/{prompt.row}/{k}", limit, counts) for k in range(n_self)),
+            *(
+                self._own(prompt, hint, recipe.sampling, f"{name}/{prompt.row}/{k}", limit, counts)
+                for k, hint in enumerate(hints)
+            ),
         )
         kept = tuple(sample for sample in samples if sample is not None)
         # One response left of several says nothing about the others; one of one is what the data holds.
@@ -203,16 +214,23 @@ class Collector:
         )
 
     async def _own(
-        self, prompt: Prompt, sampling: SamplingParams, name: str, limit: asyncio.Semaphore, counts: CollectCounts
+        self,
+        prompt: Prompt,
+        hint: np.ndarray,  # [hint length] int64
+        sampling: SamplingParams,
+        name: str,
+        limit: asyncio.Semaphore,
+        counts: CollectCounts,
     ) -> Sample | None:
+        """The hint and what the model makes of it, as one response: of its length, its reward and its tokens."""
         started = time.perf_counter()
         async with limit:
-            completion = await self._generate(prompt, sampling, name)
+            completion = await self._generate(prompt, hint, sampling, name)
         counts.generate_sec = max(counts.generate_sec, time.perf_counter() - started)
         if completion is None:
             counts.failed_samples += 1
             return None
-        tokens = completion.token_ids
+        tokens = np.concatenate([hint, completion.token_ids])
         stopped = completion.finish_reason is FinishReason.STOP
         text = self.decode((tokens[:-1] if stopped else tokens).tolist())
         reward = await self._score(text, prompt, counts)
@@ -224,13 +242,19 @@ class Collector:
             text=text,
             reward=reward,
             truncated=not stopped,
-            rollout_log_probs=completion.log_probs,
-            weight_spans=completion.weight_spans,
+            rollout_log_probs=np.concatenate([np.full(len(hint), np.nan, np.float32), completion.log_probs]),
+            weight_spans=tuple(
+                replace(span, start=span.start + len(hint), end=span.end + len(hint))
+                for span in completion.weight_spans
+            ),
         )
 
-    async def _generate(self, prompt: Prompt, sampling: SamplingParams, name: str) -> Completion | None:
+    async def _generate(
+        self, prompt: Prompt, hint: np.ndarray, sampling: SamplingParams, name: str
+    ) -> Completion | None:
         assert self.engine is not None
-        prompt_ids = tuple(prompt.token_ids.tolist())
+        prompt_ids = (*prompt.token_ids.tolist(), *hint.tolist())
+        sampling = replace(sampling, max_new_tokens=sampling.max_new_tokens - len(hint))
         for attempt in count(1):
             request = GenerateRequest(_request_id(self.seed, name, attempt), prompt_ids, sampling)
             try:

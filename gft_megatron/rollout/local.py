@@ -30,6 +30,7 @@ from gft_megatron.rollout.engine import (
     RequestAborted,
     RequestRefused,
     RolloutEngine,
+    SamplingParams,
 )
 
 
@@ -134,10 +135,11 @@ class LocalEngine(RolloutEngine):
     async def _serve(self) -> None:
         await asyncio.sleep(0)  # let every request that is being made join the first batch
         while self._waiting:
-            # Equal sampling parameters share a batch; neighbours in prompt length waste the least padding.
-            sampling = self._waiting[0].request.sampling
+            # Equal distributions share a batch, however long each may get (hints leave less of a response to draw);
+            # neighbours in prompt length waste the least padding.
+            wanted = _distribution(self._waiting[0].request.sampling)
             alike = sorted(
-                (pending for pending in self._waiting if pending.request.sampling == sampling),
+                (pending for pending in self._waiting if _distribution(pending.request.sampling) == wanted),
                 key=lambda pending: len(pending.request.prompt_ids),
             )
             self._running = alike[: self._max_batch_size]
@@ -161,7 +163,7 @@ class LocalEngine(RolloutEngine):
     def _draw(self, batch: list[_Pending]) -> list[Completion]:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # this thread's; a new one starts on device 0
-        sampling = batch[0].request.sampling
+        temperature, top_p = _distribution(batch[0].request.sampling)
         longest = max(len(pending.request.prompt_ids) for pending in batch)
         prompts = torch.full((len(batch), longest), self._pad_token_id)
         attention = torch.zeros_like(prompts)
@@ -169,18 +171,18 @@ class LocalEngine(RolloutEngine):
             ids = torch.tensor(pending.request.prompt_ids)
             prompts[row, longest - len(ids) :] = ids
             attention[row, longest - len(ids) :] = 1
-        recorder = _LogProbRecorder(longest, sampling.temperature)
+        recorder = _LogProbRecorder(longest, temperature)
         drawing: dict[str, object] = {"do_sample": False}
-        if sampling.temperature > 0:
-            drawing = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        if temperature > 0:
+            drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
             torch.manual_seed(self._batch_seed(batch))
             output = self._model.generate(
                 input_ids=prompts.to(self._device),
                 attention_mask=attention.to(self._device),
-                max_new_tokens=sampling.max_new_tokens,
+                max_new_tokens=max(pending.request.sampling.max_new_tokens for pending in batch),
                 logits_processor=LogitsProcessorList([recorder]),
-                stopping_criteria=[_Aborted(batch)],
+                stopping_criteria=[_Done(batch, longest)],
                 **drawing,
             )
         log_probs = recorder.finish(output).cpu().numpy()  # [batch, new tokens]
@@ -188,6 +190,7 @@ class LocalEngine(RolloutEngine):
         return [self._completion(p.request, new_tokens[i], log_probs[i]) for i, p in enumerate(batch)]
 
     def _completion(self, request: GenerateRequest, tokens: np.ndarray, log_probs: np.ndarray) -> Completion:
+        tokens = tokens[: request.sampling.max_new_tokens]  # the batch went on for others
         ends = np.flatnonzero(np.isin(tokens, list(self._eos_token_ids)))
         stopped = len(ends) > 0
         length = int(ends[0]) + 1 if stopped else len(tokens)
@@ -231,11 +234,20 @@ class _LogProbRecorder(LogitsProcessor):
         return torch.cat(self._log_probs, dim=-1)
 
 
-class _Aborted(StoppingCriteria):
-    """Ends the rows whose requests were aborted."""
+def _distribution(sampling: SamplingParams) -> tuple[float, float]:
+    return sampling.temperature, sampling.top_p
 
-    def __init__(self, batch: list[_Pending]) -> None:
+
+class _Done(StoppingCriteria):
+    """Ends the rows whose requests were aborted or have all the tokens that they asked for."""
+
+    def __init__(self, batch: list[_Pending], prompt_length: int) -> None:
         self._batch = batch
+        self._prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
-        return torch.tensor([pending.aborted for pending in self._batch], device=input_ids.device)
+        drawn = input_ids.shape[1] - self._prompt_length
+        return torch.tensor(
+            [pending.aborted or drawn >= pending.request.sampling.max_new_tokens for pending in self._batch],
+            device=input_ids.device,
+        )

@@ -16,12 +16,13 @@ import torch.distributed as dist
 
 from gft_megatron.config import RunConfig
 from gft_megatron.groups import Batch, Source
-from gft_megatron.losses import required_inputs
+from gft_megatron.losses import required_inputs, response_figures
 from gft_megatron.observe.console import SampleRow
 from gft_megatron.observe.report import write_curves
 from gft_megatron.phases import Phase, phase_at
 from gft_megatron.rewriting import write_rewrites
 from gft_megatron.rollout.collect import GroupRecipe
+from gft_megatron.rollout.hints import Hints
 from gft_megatron.training.checkpoint import layout, save_checkpoint
 from gft_megatron.training.exchange import max_over_ranks
 from gft_megatron.training.optimizer import build_scheduler, reset_optimizer
@@ -89,7 +90,8 @@ def _enter(run: Run, phase: Phase) -> Phase:
 
 
 def _collect(phase: Phase, run: Run, progress: Progress) -> Rollout:
-    config, recipe = phase.config, _recipe(phase.config)
+    step = progress.iteration - phase.start
+    config, recipe = phase.config, _recipe(phase.config, step)
     if recipe.n_self:
         _update_weights(run, progress)
     with run.timings.measure("rollout"):
@@ -107,7 +109,6 @@ def _collect(phase: Phase, run: Run, progress: Progress) -> Rollout:
     if config.loss.kl_in == "loss" or not config.changes("kl_coef"):
         return rollout
     assert run.reference is not None
-    step = progress.iteration - phase.start
     with run.timings.measure("ref_log_probs"):
         shaped = with_kl_in_rewards(
             rollout.collected,
@@ -123,13 +124,16 @@ def _collect(phase: Phase, run: Run, progress: Progress) -> Rollout:
 
 def _left_out(config: RunConfig, recipe: GroupRecipe) -> dict[str, bool]:
     return {
-        "skip_zero_variance": config.rollout.skip_zero_variance and recipe.needs_advantages,
+        # Weighed alike, or begun by a hint, a group teaches something whatever its rewards.
+        "skip_zero_variance": config.rollout.skip_zero_variance and recipe.needs_advantages and recipe.hints is None,
         "mask_truncated": config.rollout.mask_truncated,
     }
 
 
-def _recipe(config: RunConfig) -> GroupRecipe:
+def _recipe(config: RunConfig, step: int) -> GroupRecipe:
+    """Of the groups that step `step` of the phase, counted from 0, starts with."""
     rollout = config.rollout
+    hints = Hints(rollout.hint_segments, config.value_at("hint_share", step)) if rollout.hint_segments else None
     return GroupRecipe(
         **config.group_sizes._asdict(),
         sampling=config.sampling,
@@ -138,6 +142,7 @@ def _recipe(config: RunConfig) -> GroupRecipe:
         advantage_ddof=rollout.advantage_ddof,
         compare_own_source=rollout.advantage_scope == "source",
         overlong_buffer_len=rollout.overlong_buffer_len,
+        hints=hints,
     )
 
 
@@ -168,6 +173,9 @@ def _update(phase: Phase, run: Run, progress: Progress, rollout: Rollout) -> Non
     for prepared in steps:
         objective = _objective(phase, run, progress.iteration - phase.start)
         result = train_step(run.chunks, run.optimizer, run.scheduler, prepared.inputs, objective, batch=run.batch_sums)
+        if (tell := response_figures(objective.loss)) is not None:
+            told = tell(result.figures.sample_nll, run.batch_sums, **objective.hyper)
+            metrics |= {f"train/{name}": value for name, value in told.items()}
         if run.rewrites is not None:
             batch = prepared.mini_batch
             run.rewrites.observe(batch.rows, batch.responses, result.figures.sample_nll)

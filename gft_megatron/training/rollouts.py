@@ -223,6 +223,9 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
             metrics[f"reward_mean_{source.name.lower()}"] = float(batch.rewards[of].double().mean())
     own = batch.sources == Source.SELF
     if own.any():
+        given = (batch.rollout_log_probs.isnan() & own.repeat_interleave(batch.lengths)).sum()  # prompts and hints
+        if hinted := int(given - batch.prompt_lengths[own].sum()):
+            metrics["hint_length_mean"] = hinted / int(own.sum())
         metrics["truncated_frac"] = float(batch.truncated[own].double().mean())
     metrics["reward_mean"] = float(batch.rewards.double().mean()) if batch.num_samples else math.nan
     return {f"rollout/{name}": value for name, value in metrics.items() if not math.isnan(value)}

@@ -143,6 +143,7 @@ def _build_run(
         run_dir,
         console,
         needs_token_groups=any(_needs_scored_data(phase.config) for phase in phases),
+        needs_experts=any(phase.config.rollout.hint_segments for phase in phases),
     )
     eval_prompts = None
     if config.data.eval_prompt_data:
@@ -272,6 +273,7 @@ def _prompts(
     console: Console,
     *,
     needs_token_groups: bool = False,
+    needs_experts: bool = False,
 ) -> PromptStore:
     store = run_dir / f"{name}_prompts.arrow"
 
@@ -300,6 +302,8 @@ def _prompts(
             f"{info.num_expert + info.num_teacher - info.num_scored} recorded responses have no token_scores, which a "
             f"loss of this run needs: write them with tools/score_tokens.py, or add --token-scores excess"
         )
+    if needs_experts and not info.num_expert:
+        raise ValueError("--hint-segments: no training row has an expert's response that a hint could be taken from")
     prompts = PromptStore(store)
     if prompts.fingerprint != info.fingerprint:
         raise ValueError(

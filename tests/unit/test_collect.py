@@ -12,7 +12,7 @@ import pytest
 
 from gft_megatron.groups import Prompt, RecordedResponse, Source, WeightSpan
 from gft_megatron.rewards import Reward, RewardError
-from gft_megatron.rollout.collect import Collector, GroupRecipe
+from gft_megatron.rollout.collect import CollectCounts, Collector, GroupRecipe
 from gft_megatron.rollout.engine import (
     Completion,
     EngineFailed,
@@ -22,6 +22,8 @@ from gft_megatron.rollout.engine import (
     RolloutEngine,
     SamplingParams,
 )
+from gft_megatron.rollout.hints import Hints
+from gft_megatron.training.rollouts import Rollout, rollout_metrics
 
 EOS = 1
 
@@ -81,7 +83,7 @@ def prompt_with(*responses):
     return Prompt(row=3, token_ids=np.array([8, 9]), label="x", responses=recorded)
 
 
-def collect(prompts, *, engine=None, scores=None, collector=None, rollout_id=0, **recipe):
+def collect(prompts, *, engine=None, scores=None, collector=None, rollout_id=0, ids=None, max_new_tokens=3, **recipe):
     recipe = {"n_expert": 0, "n_teacher": 0, "n_self": 0, "needs_advantages": True, **recipe}
     if collector is None:
         scores = {"2 3": 0.0, "expert": 1.0, "good": 1.0, "bad": 0.0} if scores is None else scores
@@ -92,8 +94,9 @@ def collect(prompts, *, engine=None, scores=None, collector=None, rollout_id=0, 
             seed=5,
             max_concurrent_samples=4,
         )
-    full = GroupRecipe(sampling=SamplingParams(max_new_tokens=3), **recipe)
-    return asyncio.run(collector.collect(prompts, list(range(len(prompts))), full, rollout_id=rollout_id))
+    full = GroupRecipe(sampling=SamplingParams(max_new_tokens=max_new_tokens), **recipe)
+    ids = list(range(len(prompts))) if ids is None else ids
+    return asyncio.run(collector.collect(prompts, ids, full, rollout_id=rollout_id))
 
 
 def test_mixed_group_becomes_a_batch():
@@ -211,3 +214,67 @@ def test_samples_for_an_evaluation():
     )  # fmt: skip
     drawn = asyncio.run(collector.sample([prompt_with()] * 2, 3, SamplingParams(max_new_tokens=3), name="eval/0"))
     assert [[sample.reward for sample in samples] for samples in drawn] == [[0.5, 0.5], [0.5, 0.5, 0.5]]
+
+
+EXPERT = [11, 12, 13, 14, 15, 16, 17, EOS]
+
+
+def prompts_with_expert(num):
+    response = RecordedResponse("expert", np.array(EXPERT), Source.EXPERT)
+    return [Prompt(row=i, token_ids=np.array([8, 9]), label="x", responses=(response,)) for i in range(num)]
+
+
+def hinted(prompts, hints, **options):
+    engine = ScriptedEngine()
+    texts = [" ".join(map(str, [*EXPERT[:n], 2, 3])) for n in range(8)]
+    options = {"scores": {text: float(n) for n, text in enumerate(texts)}, "max_new_tokens": 10, **options}
+    return engine, *collect(prompts, engine=engine, n_self=4, hints=hints, **options)
+
+
+def test_a_hint_is_a_part_of_the_response_that_nobody_drew():
+    engine, groups, batch, _ = hinted(prompts_with_expert(8), Hints(3, 0.5))
+    samples = [sample for group in groups for sample in group.samples]
+    lengths = []
+    for request, sample in zip(engine.requests, samples, strict=True):
+        hint = sample.token_ids[:-3].tolist()
+        lengths.append(len(hint))
+        assert sample.source is Source.SELF and sample.token_ids.tolist() == [*EXPERT[: len(hint)], 2, 3, EOS]
+        assert request.prompt_ids == (8, 9, *hint) and request.sampling.max_new_tokens == 10 - len(hint)
+        assert np.isnan(sample.rollout_log_probs[: len(hint)]).all()
+        assert sample.rollout_log_probs[len(hint) :].tolist() == [-1, -2, -3]
+        assert sample.reward == len(hint), "the reward is of hint and continuation"
+        assert sample.weight_spans == (WeightSpan(7, len(hint), len(hint) + 3),)
+    assert set(lengths) == {0, 2, 4, 7}, "thirds of 7 tokens; all of them are the response without its end"
+    assert batch.lengths.tolist() == [2 + length + 3 for length in lengths] and set(batch.prompt_lengths.tolist()) == {
+        2
+    }
+    metrics = rollout_metrics(Rollout(batch, batch, CollectCounts(), []))
+    assert metrics["rollout/hint_length_mean"] == np.mean(lengths)
+
+
+def test_segments_of_hints_are_binomial_and_the_same_again():
+    def lengths(rollout_id, share=0.7):
+        _, _, batch, _ = hinted(prompts_with_expert(100), Hints(7, share), rollout_id=rollout_id)
+        return batch.lengths.numpy() - 5
+
+    first = lengths(0)
+    expected = [math.comb(7, n) * 0.7**n * 0.3 ** (7 - n) for n in range(8)]
+    shares = np.bincount(first, minlength=8) / 400
+    np.testing.assert_allclose(shares, expected, atol=4 * math.sqrt(0.25 / 400))
+    assert first.tolist() == lengths(0).tolist() != lengths(1).tolist()
+    assert set(lengths(0, share=1.0)) == {7} and set(lengths(0, share=0.0)) == {0}
+
+
+def test_hints_do_not_depend_on_who_collects():
+    prompts = prompts_with_expert(6)
+    _, together, _, _ = hinted(prompts, Hints(5, 0.5))
+    apart = [hinted([prompt], Hints(5, 0.5), ids=[i])[1][0] for i, prompt in enumerate(prompts)]
+    tokens = [[[sample.token_ids.tolist() for sample in group.samples] for group in of] for of in (together, apart)]
+    assert tokens[0] == tokens[1]
+
+
+def test_no_expert_no_hint():
+    teacher = prompt_with(("good", Source.TEACHER))
+    engine, (group,), batch, _ = hinted([teacher], Hints(5, 1.0))
+    assert {request.prompt_ids for request in engine.requests} == {(8, 9)} and batch.lengths.tolist() == [5] * 4
+    assert "rollout/hint_length_mean" not in rollout_metrics(Rollout(batch, batch, CollectCounts(), []))

@@ -4,6 +4,7 @@ import pytest
 
 from gft_megatron.command_line import parse_args
 from gft_megatron.losses import LOSSES, is_token_local, required_inputs
+from gft_megatron.phases import resolve_phases
 
 REQUIRED = ["--hf-checkpoint", "model", "--prompt-data", "a.jsonl", "--train-iters", "11"]
 
@@ -58,6 +59,18 @@ def test_a_schedule_of_the_paper_and_its_override():
     assert config_of("--loss", "chord_mu", "--schedule", "mu=0.4:0:linear").hyper_at(10)["mu"] == 0.0
 
 
+def test_hints_of_the_paper():
+    config = config_of("--loss", "uft", "--hint-segments", 5, "--schedule", "hint_share=0.95:0.05:cosine:4")
+    assert [config.value_at("hint_share", step) for step in (0, 2, 4, 10)] == pytest.approx([0.95, 0.5, 0.05, 0.05])
+    assert config.group_sizes == (0, 0, 8) and "hint_share" not in config.hyper_at(2)
+    assert config_of("--loss", "uft", "--hint-segments", 5, "--hint-share", 0.3).value_at("hint_share", 7) == 0.3
+    given, alone = resolve_phases(
+        parse_args([*REQUIRED[:4], "--phases", "uft:3:hint_segments=5:schedule=hint_share=0.95:0.05:cosine,uft:2"])
+    )
+    assert given.config.value_at("hint_share", 2) == pytest.approx(0.05) and given.config.rollout.hint_segments == 5
+    assert alone.config.rollout.hint_segments == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -79,6 +92,13 @@ def test_a_schedule_of_the_paper_and_its_override():
         (["--loss", "discriminative", "--batch-statistics", "previous-step"], "--loss discriminative .*exact"),
         (["--loss", "sft", "--rewrite-share", 2], "--rewrite-share is 2.0"),
         (["--loss", "gft", "--overlong-buffer-len", -1], "--overlong-buffer-len is -1"),
+        (["--loss", "grpo", "--hint-segments", 5, "--hint-share", 0.5], "--hint-segments: --loss grpo would take"),
+        (["--loss", "uft", "--hint-segments", 5], "--hint-segments 5 with a --hint-share of 0.0: hints take both"),
+        (["--loss", "uft", "--schedule", "hint_share=0.9:0:linear"], "--hint-segments 0 with a --hint-share of 0.9"),
+        (["--loss", "uft", "--hint-segments", 5, "--hint-share", 1.5], "--hint-share is 1.5; it has to be between"),
+        (["--loss", "uft", "--hint-segments", -1], "--hint-segments is -1; it cannot be negative"),
+        (["--loss", "uft", "--hint-segments", 5, "--hint-share", 1, "--kl-coef", 1, "--kl-in", "reward"],
+         "--kl-in reward would count hints"),
     ],
 )  # fmt: skip
 def test_what_is_refused(flags, message):

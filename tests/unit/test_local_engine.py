@@ -149,3 +149,26 @@ def test_aborted_requests_raise_and_the_others_finish(engine):
     results = asyncio.run(run())
     assert [isinstance(result, RequestAborted) for result in results] == [False, False, True, False, True, False]
     assert not any(isinstance(result, EngineFailed) for result in results)
+
+
+def test_requests_of_different_length_are_drawn_together(engine, monkeypatch):
+    batches = []
+    draw_batch = engine._draw
+    monkeypatch.setattr(engine, "_draw", lambda batch: batches.append(batch) or draw_batch(batch))
+
+    async def run(limits):
+        requests = [
+            GenerateRequest(f"d{i:031d}", (5, 6, 7), SamplingParams(max_new_tokens=n)) for i, n in enumerate(limits)
+        ]
+        return await asyncio.gather(*map(engine.generate, requests))
+
+    limits = [1, 4, 9, 2] * 4
+    whole, cut = asyncio.run(run([9] * 16)), asyncio.run(run(limits))
+    assert list(map(len, batches)) == [16, 16]
+    for limit, one, other in zip(limits, whole, cut, strict=True):
+        # The random numbers are those of the batch, so a shorter request is the beginning of a longer one.
+        assert other.token_ids.tolist() == one.token_ids[:limit].tolist()
+        np.testing.assert_allclose(other.log_probs, one.log_probs[:limit], atol=1e-5)
+        ended = EOS in one.token_ids[:limit]
+        assert other.finish_reason is (FinishReason.STOP if ended else FinishReason.LENGTH)
+        assert other.weight_spans == (WeightSpan(5, 0, len(other.token_ids)),)

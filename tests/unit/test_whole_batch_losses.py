@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from ragged_responses import (
@@ -18,8 +19,9 @@ from ragged_responses import (
     tokens_of,
 )
 
-from gft_megatron.losses import LOSSES, required_inputs
+from gft_megatron.losses import LOSSES, required_inputs, response_figures
 from gft_megatron.losses.inputs import batch_sums, batch_sums_of_policy, batch_sums_of_this_batch, default_schedules
+from gft_megatron.losses.terms import with_terms
 
 NUM_TOKENS = sum(response[4] for response in RESPONSES)
 
@@ -40,6 +42,32 @@ def cadft(beta):
         return {t: -weights[k.response] * k.p * k.log_prob for t, k in tokens.items()}
 
     return formula
+
+
+def weight_quantiles(scores, center, deviation, beta):
+    weights = np.exp(-beta * np.maximum(0.0, (np.asarray(scores) - center) / (deviation + 1e-6)))
+    return dict(zip(("weight_q10", "weight_q50", "weight_q90"), np.quantile(weights, [0.1, 0.5, 0.9]), strict=True))
+
+
+def test_cadft_tells_the_quantiles_of_its_weights():
+    scores = np.random.default_rng(3).beta(5.0, 1.0, size=57)  # most are above the mean
+    sample_nll, beta = torch.from_numpy(scores), 2.5
+    tell = response_figures(LOSSES["cadft"])
+    exact = weight_quantiles(scores, scores.mean(), scores.std(), beta)
+    assert exact["weight_q10"] < exact["weight_q50"] < exact["weight_q90"] == 1
+    assert tell(sample_nll, None, beta=beta) == pytest.approx(exact, rel=1e-9)
+    assert tell(sample_nll, None) == pytest.approx(weight_quantiles(scores, scores.mean(), scores.std(), 1.0), rel=1e-9)
+    # --batch-statistics previous-step: the weights that the loss had are of the sums that it read.
+    before = {"sequences": 4.0, "score": 4.0, "score_squared": 4.0 + 4 * 0.5**2}
+    sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in before.items()}
+    expected = weight_quantiles(scores, 1.0, 0.5, beta)
+    assert tell(sample_nll, sums, beta=beta) == pytest.approx(expected, rel=1e-9)
+    mixed = with_terms(LOSSES["cadft"], terms=["kl_coef", "mix_coef"], mix=LOSSES["sft_go"])
+    tell_mixed, hyper = response_figures(mixed), {"beta": beta, "lam": 0.5, "kl_coef": 0.1, "mix_coef": 0.1}
+    assert tell_mixed(sample_nll, None, **hyper) == pytest.approx(exact, rel=1e-9)
+    sums = {f"main_{name}": value for name, value in sums.items()} | {"mix_score": torch.zeros(2)}
+    assert tell_mixed(sample_nll, sums, **hyper) == pytest.approx(expected, rel=1e-9)
+    assert response_figures(with_terms(LOSSES["sft"], terms=["kl_coef"])) is None
 
 
 # SFT-GO
