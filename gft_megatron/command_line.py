@@ -18,6 +18,7 @@ import yaml
 
 from gft_megatron.config import RunConfig
 from gft_megatron.config_checks import flag_of
+from gft_megatron.losses import loss_hyper_parameters
 
 Settings = TypeVar("Settings")
 
@@ -94,11 +95,13 @@ def _read_config_file(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 def _as_flags(values: dict[str, Any]) -> list[str]:
     flags: list[str] = []
+    hyper = {key for parameters in loss_hyper_parameters().values() for key in parameters}
     for name, value in values.items():
         flag = flag_of(str(name))
         if value is None:
             continue
-        if isinstance(value, bool):
+        # A loss's own switch can also be unset, so its flag takes a word: --per-sample True.
+        if isinstance(value, bool) and name not in hyper:
             flags.append(flag if value else "--no-" + flag[2:])
         elif isinstance(value, list):
             flags += [flag, *map(str, value)]

@@ -23,8 +23,7 @@ def cispo(
 
     Args:
         clip_low: ratios below 1 - clip_low are clipped. From 1 on none is: the paper has no lower bound.
-        clip_high: ratios above 1 + clip_high are clipped. The paper tunes it and gives no value; 0.28 is the default of
-            a public implementation.
+        clip_high: ratios above 1 + clip_high are clipped. The paper tunes it and gives no value; 0.28 is DAPO's.
         tis_clip: weigh each token by min(p_old / p_rollout, tis_clip); 2 is usual. Default: no weight.
 
     Raises:

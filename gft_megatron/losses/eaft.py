@@ -1,13 +1,13 @@
-"""Entropy-Adaptive Fine-Tuning ("Resolving Confident Conflicts to Mitigate Forgetting").
+"""Entropy-Adaptive Fine-Tuning (arXiv:2601.02151, "Resolving Confident Conflicts to Mitigate Forgetting").
 
     loss_t = -w_t * log p_t,    w_t = (min(H_t, scale) / scale)^power    (w_t is a constant)
 
 A token that the model is sure about (small H) and yet finds unlikely contradicts what it knows; its weight is small.
 
-Read from the public implementation, not from the paper. There the weight is H_20 / 3, with H_20 the entropy of the 20
-likeliest tokens renormalised: at most ln 20 = 2.996, so that weights end at 1. Here H is the entropy of the whole
-vocabulary in nats, which is what the loop has, and the minimum keeps the bound. H_20 is never above H, so no weight is
-smaller here than there; a model without doubt gives 0 in both.
+Read from the public implementation and a note on the paper. In both the weight is H_20 / 3, with H_20 the entropy of
+the 20 likeliest tokens (renormalised in the code): at most ln 20 = 2.996, so that weights end at 1. Here H is the
+entropy of the whole vocabulary in nats, which is what the loop has, and the minimum keeps the bound. H_20 is never
+above H, so no weight is smaller here than there; a model without doubt gives 0 in both.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def sampler_weight(
 
     The sampler's kernels and precision are not the trainer's, so it drew the tokens from a slightly different policy.
     Source: Ionides 2008, "Truncated Importance Sampling"; for this mismatch Yao et al. 2025, "Your Efficient RL
-    Framework Secretly Brings You Off-Policy RL Training" (no paper, a public note).
+    Framework Secretly Brings You Off-Policy RL Training" (no paper; fengyao.notion.site/off-policy-rl).
 
     Args:
         trained: log-probs of the same policy as the trainer computes them.

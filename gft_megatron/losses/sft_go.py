@@ -1,4 +1,4 @@
-"""SFT with Group Optimization (arXiv:2506.15021 Eq. 3): cross-entropy and that of the worst group of tokens.
+"""SFT with Group Optimization (arXiv:2506.15021): cross-entropy and that of the worst group of tokens.
 
     L = (1 - lam) mean of -log p_t over all tokens + lam max over groups g of the mean of -log p_t over g
 
@@ -7,10 +7,10 @@
 N is the number of tokens, N_g those of group g. Groups are `token_groups`: 1 the important tokens of a response, 0 the
 others, or any other partition. Groups without tokens cannot win; ties go to the higher number, the important one.
 
-Written from the abstract and reviews that name the equations; no code is known. The form of the objective is the one
+Written from the abstract and from reviews; no code is known. The form of the objective is the one
 that all of them agree with: at lam = 1 it has Rho-1 as a special case. "Groups tokens in each sample" may mean that the
 maximum is taken inside each response: per_sample = True. Group DRO, which this is, takes it over a batch: the default,
-over the global batch. Eq. 5 lets lam decay towards cross-entropy; shape and end are unknown, here linear to 0.
+over the global batch. The paper lets lam decay towards cross-entropy; shape and end are unknown, here linear to 0.
 """
 
 from __future__ import annotations

@@ -7,11 +7,12 @@
 H_t is the entropy of the policy at the token, r_t = p_t / p_old,t. A demonstration counts less where the policy is
 unsure, so that it does not scatter it further; a good sample counts more there, which keeps the entropy from falling.
 
-Contradictions. A reader of the authors' code finds exp(+H) in front of the demonstrations: entropy_sign = "code".
-Whether H is a token's or a mean is not said; here it is the token's. The samples' rewards are 1 and -1 there; here the
-sign of the advantage says which they are, so a group of equal rewards has no third or fourth term. Nobody knows with
-what probability a demonstration was drawn; r_t here compares with the policy at the start of the rollout's updates.
-The paper takes an expectation over demonstrations and one over samples; here one token mean covers both.
+Contradictions. Readers of the authors' code find exp(+H) in front of the demonstrations: entropy_sign = "code".
+Whether H is a token's or a mean the paper does not say; here it is the token's, as those readers show it of the code.
+The samples' rewards are 1 and -1 there; here the sign of the advantage says which they are, so a group of equal
+rewards has no third or fourth term. Nobody knows with what probability a demonstration was drawn; r_t here compares
+with the policy at the start of the rollout's updates. The paper takes an expectation over demonstrations and one over
+samples; here one token mean covers both.
 """
 
 from __future__ import annotations

@@ -98,3 +98,9 @@ def test_every_setting_says_what_it_is():
     sections = [getattr(config, section.name) for section in dataclasses.fields(config)]
     flags = {field.name for section in sections for field in dataclasses.fields(section)}
     assert len(flags) == sum(len(dataclasses.fields(section)) for section in sections)
+
+
+def test_switches_of_a_loss_read_back(tmp_path):
+    config = parse_args([*REQUIRED, "--loss", "chord_mu", "--separate-means", "True"])
+    save_config(config, tmp_path / "config.yaml")
+    assert parse_args(["--config", str(tmp_path / "config.yaml")]) == config
