@@ -113,6 +113,17 @@ def test_gft_with_tau_above_one_weighs_like_dft():
     assert metrics["coefficient_mean"] == dft_metrics["coefficient_mean"]
 
 
+@pytest.mark.parametrize("name", ["dft", "cadft", "asft", "probability", "gft"])
+def test_unlikely_tokens_are_pulled_up_not_pushed_down(name):
+    # -p log p without a constant p has the gradient -p (1 + log p): the wrong sign below p = 1/e.
+    inputs = make_inputs(ref_kl=torch.zeros(17), advantages=torch.ones(4))
+    LOSSES[name](inputs)[0].sum().backward()
+    probs = inputs.log_probs.detach().exp()
+    unlikely = MASK.bool() & (probs < math.exp(-1))
+    assert (-probs * (1 + probs.log()))[unlikely].gt(0).all() and unlikely.sum() > 1
+    assert inputs.log_probs.grad[MASK.bool()].lt(0).all()
+
+
 def test_metrics_are_means_over_valid_tokens():
     inputs = make_inputs()
     _, metrics = LOSSES["gft"](inputs, tau=0.7)
