@@ -40,6 +40,33 @@ def test_interleaved():
     assert phases[-1].end == 20
 
 
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [("chord_mu:5:separate_means=true", []), ("chord_mu:5", ["--separate-means", "True"])],
+)
+def test_a_boolean_hyper_parameter(text, flags):
+    (only,) = phases_of(text, *flags)
+    assert only.config.loss_hyper == {"separate_means": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("probability:5,grpo:10:mix_loss=probability", []),
+        ("probability:5,grpo:10", ["--mix-loss", "probability"]),
+        ("sft:5:mix_coef=0,grpo:10:mix_loss=probability", []),
+    ],
+)
+def test_a_hyper_parameter_of_the_loss_that_is_mixed_in(text, flags):
+    *_, last = phases_of(text, "--prob-power", "2", *flags)
+    assert last.config.hyper_at(0) == {"prob_power": 2.0, "mix_coef": 0.1}
+
+
+def test_a_phase_may_have_several_schedules():
+    (only,) = phases_of("grpo:11:mix_loss=sft:schedule=mix_coef=1:0:linear:schedule=kl_coef=0:2:linear")
+    assert only.config.hyper_at(5) == {"mix_coef": 0.5, "kl_coef": 1.0}
+
+
 def test_without_phases_there_is_one():
     (only,) = resolve_phases(parse_args([*REQUIRED, "--train-iters", "7", "--loss", "dft"]))
     assert (only.name, only.start, only.end) == ("dft", 0, 7)
