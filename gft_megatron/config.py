@@ -336,9 +336,12 @@ class RunConfig:
     @property
     def terms(self) -> list[str]:
         """The coefficients of what is added to --loss."""
-        mixes, has_kl = self.loss.mix_loss is not None, self.loss.kl_in == "loss"
-        can_be = {"kl_coef": has_kl, "entropy_coef": True, "mix_coef": mixes}
-        return [name for name, may in can_be.items() if may and self.changes(name)]
+        there_is = {
+            "kl_coef": self.loss.kl_in == "loss" and self.changes("kl_coef"),
+            "entropy_coef": self.changes("entropy_coef"),
+            "mix_coef": self.loss.mix_loss is not None,  # also at 0: its hyper-parameters may be set
+        }
+        return [name for name, is_there in there_is.items() if is_there]
 
     @functools.cached_property
     def loss_function(self) -> LossFn:
