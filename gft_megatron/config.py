@@ -371,6 +371,11 @@ class RunConfig:
         """Whether token groups are made in the run, not read from the data."""
         return self.data.token_scores == "excess" and "token_groups" in required_inputs(self.loss_function)
 
+    @property
+    def groups_from_data(self) -> bool:
+        """Whether token groups are read from the data."""
+        return self.data.token_scores == "data" and "token_groups" in required_inputs(self.loss_function)
+
     def changes(self, name: str) -> bool:
         """Whether this coefficient is, or becomes, anything but 0."""
         return getattr(self.loss, name) != 0 or name in self.schedules

@@ -52,15 +52,18 @@ def resolve_phases(config: RunConfig) -> tuple[Phase, ...]:
         ValueError: in one line, which phase is wrong and why.
     """
     if not config.phases.phases:
-        return (Phase(0, config.loss.loss, 0, config.train_iters, config, False),)
+        phases = [Phase(0, config.loss.loss, 0, config.train_iters, config, False)]
+        _require_groups_of_rewrites(phases)
+        return tuple(phases)
     texts = _expand(",".join(config.phases.phases))
     resolve = functools.cache(lambda text: _resolve(config, text))  # interleaved phases come back many times
-    phases: list[Phase] = []
+    phases = []
     for text in texts:
         own, resets = resolve(text)
         start = phases[-1].end if phases else 0
         phases.append(Phase(len(phases), own.loss.loss, start, start + own.train_iters, own, resets))
     _require_hyper_parameters_are_used(config, phases)
+    _require_groups_of_rewrites(phases)
     return tuple(phases)
 
 
@@ -124,3 +127,13 @@ def _require_hyper_parameters_are_used(config: RunConfig, phases: Sequence[Phase
         if key not in known and getattr(config.loss, key) is not None:
             names = ", ".join(dict.fromkeys(phase.name for phase in phases))
             raise ValueError(f"{flag_of(key)} has no meaning for any of the phases {names}")
+
+
+def _require_groups_of_rewrites(phases: Sequence[Phase]) -> None:
+    """A rewritten response has other tokens than those that the data have scores for."""
+    readers = [phase for phase in phases if phase.config.groups_from_data]
+    if readers and any(phase.config.rewrite.rewrite_interval for phase in phases):
+        raise ValueError(
+            f"--rewrite-interval: {readers[0].name} needs a score for each token, and rewritten responses have none: "
+            f"add --token-scores excess"
+        )

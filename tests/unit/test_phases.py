@@ -104,6 +104,19 @@ def test_a_hyper_parameter_that_no_phase_has():
         phases_of("sft:2,dft:2", "--tau", "0.1")
 
 
+@pytest.mark.parametrize("text", ["sft_go:5:rewrite_interval=2", "cadft:5:rewrite_interval=2,sft_go:5"])
+def test_rewritten_responses_have_no_token_scores(text):
+    with pytest.raises(ValueError, match="--rewrite-interval: sft_go needs a score for each token.*excess"):
+        phases_of(text)
+    assert phases_of(text, "--token-scores", "excess")[-1].name == "sft_go"
+
+
+def test_the_one_phase_of_a_run_that_rewrites_has_no_token_scores():
+    config = parse_args([*REQUIRED, "--train-iters", "7", "--loss", "sft_go", "--rewrite-interval", "2"])
+    with pytest.raises(ValueError, match="--rewrite-interval: sft_go"):
+        resolve_phases(config)
+
+
 def test_train_iters_beside_phases():
     with pytest.raises(ValueError, match="--train-iters beside --phases"):
         parse_args([*REQUIRED, "--train-iters", "7", "--phases", "sft:7"])
