@@ -154,7 +154,7 @@ def _objective(phase: Phase, run: Run, step: int) -> Objective:
         hyper=config.hyper_at(step),
         temperature=config.rollout.rollout_temperature,
         vocab_size=run.shape.vocab_size,
-        tells_batch_sums=config.loss.batch_statistics == "previous-step",
+        tells_batch_sums=config.reads_step_before,
         fused_linear_loss=config.optimizer.fused_linear_loss,
     )
 

@@ -74,6 +74,12 @@ def test_a_mixed_loss_needs_token_groups_of_recorded_responses_only():
     assert loss.tolist() == [0.5, 0.5, 0.0, 0.0]
 
 
+@pytest.mark.parametrize(("name", "reads"), [("cadft", True), ("sft_go", True), ("uft", False), ("chord_mu", False)])
+def test_counts_are_those_of_the_batch_itself(name, reads):
+    assert config_of("--loss", name, "--batch-statistics", "previous-step").reads_step_before == reads
+    assert not config_of("--loss", name).reads_step_before
+
+
 def test_a_divergence_in_the_reward_is_no_term():
     config = config_of("--loss", "grpo", "--kl-coef", 0.1, "--kl-in", "reward")
     assert config.loss_function is LOSSES["grpo"] and config.hyper_at(0) == {} and config.needs_reference
