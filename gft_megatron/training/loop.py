@@ -119,7 +119,11 @@ def _collect(phase: Phase, run: Run, progress: Progress) -> Rollout:
             run.reference,
             coefficient=config.value_at("kl_coef", step),
         )
-    return dataclasses.replace(rollout, trained=trained_part(shaped, **_left_out(config, recipe)), collected=shaped)
+    # Which groups are left out, and for how many others were drawn, is a matter of the rewards alone.
+    left_out = _left_out(config, recipe)
+    return dataclasses.replace(
+        rollout, trained=trained_part(shaped, **left_out, advantages=rollout.collected.advantages)
+    )
 
 
 def _left_out(config: RunConfig, recipe: GroupRecipe) -> dict[str, bool]:

@@ -227,7 +227,12 @@ def saved_rewrites(phases: tuple[Phase, ...], saved: dict[str, Any] | None) -> R
 
 
 def saved_sums(saved: dict[str, Any] | None, phase: Phase, device: torch.device) -> dict[str, torch.Tensor] | None:
-    if not phase.config.reads_step_before or not saved or phase_of(saved) != phase.index or saved.get("batch_sums") is None:
+    if (
+        not phase.config.reads_step_before
+        or not saved
+        or phase_of(saved) != phase.index
+        or saved.get("batch_sums") is None
+    ):
         return None
     sums = saved["batch_sums"].items()
     return {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in sums}
