@@ -20,6 +20,7 @@ from gft_megatron.config_checks import check_config
 from gft_megatron.losses import (
     LOSSES,
     LossFn,
+    batch_sums_of_policy,
     default_schedules,
     loss_hyper_parameters,
     natural_responses,
@@ -214,7 +215,7 @@ class _LossSettings:
     """One number from the losses of all tokens: their mean, the mean over responses of their means, or the sum over
     tokens divided by responses times --rollout-max-response-len (Dr. GRPO)."""
     batch_statistics: Literal["exact", "previous-step"] = "exact"
-    """Where losses that compare a response with the global batch (CADFT, SFT-GO, UFT) know it from: a forward-only pass
+    """Where losses that compare a response with the global batch (CADFT, SFT-GO) know it from: a forward-only pass
     before each step, or the step before, which costs nothing and is an approximation."""
     schedule: tuple[str, ...] = ()
     """Numbers that change: NAME=START:END:SHAPE[:STEPS[:WARMUP]] with shapes linear, cosine, step."""
@@ -336,9 +337,12 @@ class RunConfig:
     @property
     def terms(self) -> list[str]:
         """The coefficients of what is added to --loss."""
-        mixes, has_kl = self.loss.mix_loss is not None, self.loss.kl_in == "loss"
-        can_be = {"kl_coef": has_kl, "entropy_coef": True, "mix_coef": mixes}
-        return [name for name, may in can_be.items() if may and self.changes(name)]
+        there_is = {
+            "kl_coef": self.loss.kl_in == "loss" and self.changes("kl_coef"),
+            "entropy_coef": self.changes("entropy_coef"),
+            "mix_coef": self.loss.mix_loss is not None,  # also at 0: its hyper-parameters may be set
+        }
+        return [name for name, is_there in there_is.items() if is_there]
 
     @functools.cached_property
     def loss_function(self) -> LossFn:
@@ -367,6 +371,17 @@ class RunConfig:
     def groups_by_excess(self) -> bool:
         """Whether token groups are made in the run, not read from the data."""
         return self.data.token_scores == "excess" and "token_groups" in required_inputs(self.loss_function)
+
+    @property
+    def groups_from_data(self) -> bool:
+        """Whether token groups are read from the data."""
+        return self.data.token_scores == "data" and "token_groups" in required_inputs(self.loss_function)
+
+    @property
+    def reads_step_before(self) -> bool:
+        """Whether the loss takes its sums over the batch from the step before. Mere counts are exact, and free, anyway:
+        those of a batch without a hint or a recorded response would blow up the next one's."""
+        return self.loss.batch_statistics == "previous-step" and batch_sums_of_policy(self.loss_function)
 
     def changes(self, name: str) -> bool:
         """Whether this coefficient is, or becomes, anything but 0."""

@@ -58,15 +58,20 @@ def _require_known_loss(config: RunConfig) -> None:
     for name in dict.fromkeys(key for hyper in loss_hyper_parameters().values() for key in hyper):
         if name not in known and getattr(loss, name) is not None:
             raise ValueError(f"{flag_of(name)} has no meaning for --loss {loss.loss}")
+    parameters = [item for hyper in loss_hyper_parameters().values() for item in hyper.items()]
+    switches = {name for name, parameter in parameters if parameter.annotation is bool}
     for name in parse_schedules(loss.schedule):
         if name not in (*known, *COEFFICIENTS, "hint_share"):
             raise ValueError(
                 f"--schedule {name}: --loss {loss.loss} has no such number; it has "
                 f"{', '.join((*known, *COEFFICIENTS, 'hint_share'))}"
             )
+        if name in switches:
+            raise ValueError(f"--schedule {name}: it is True or False, and a schedule is of a number")
     if loss.batch_statistics == "previous-step" and batch_sums_of_this_batch(config.loss_function):
         raise ValueError(f"--loss {loss.loss} compares the responses of this batch: --batch-statistics has to be exact")
-    if loss.loss_reduction != "token-mean" and is_of_token_mean(config.loss_function):
+    divides_itself = is_of_token_mean(config.loss_function) or config.loss_hyper.get("separate_means", False)
+    if loss.loss_reduction != "token-mean" and divides_itself:
         raise ValueError(
             f"--loss {loss.loss} has a mean of its own, which holds under --loss-reduction token-mean only"
         )
@@ -115,7 +120,8 @@ def _require_hints(config: RunConfig) -> None:
 
 
 def _require_token_groups(config: RunConfig) -> None:
-    from_data = "token_groups" in required_inputs(config.loss_function) and not config.groups_by_excess
+    # A --mix-loss sees recorded responses only.
+    from_data = "token_groups" in required_inputs(LOSSES[config.loss.loss]) and not config.groups_by_excess
     if from_data and config.group_sizes.n_self:
         raise ValueError(
             f"--loss {config.loss.loss} needs a score for each token, and own samples have none: add --n-self 0, or "
@@ -135,8 +141,10 @@ def _require_reference(config: RunConfig) -> None:
             f"--loss {config.loss.loss} with these settings compares the model with a reference, and --random-init has "
             f"none: add --ref-hf-checkpoint DIR"
         )
-    if "ref_kl" in required_inputs(LOSSES[config.loss.loss]) and config.optimizer.fused_linear_loss:
-        raise ValueError(f"--loss {config.loss.loss} reads logits, which --fused-linear-loss never holds")
+    if config.optimizer.fused_linear_loss:
+        for flag, name in (("--loss", config.loss.loss), ("--mix-loss", config.loss.mix_loss)):
+            if name is not None and "ref_kl" in required_inputs(LOSSES[name]):
+                raise ValueError(f"{flag} {name} reads logits, which --fused-linear-loss never holds")
 
 
 def _try_hyper_parameters(config: RunConfig) -> None:
@@ -194,8 +202,9 @@ def _require_sizes(config: RunConfig) -> None:
         ("rewrite_temperature", rewrite.rewrite_temperature, 0, math.inf),
         ("rewrite_top_p", rewrite.rewrite_top_p, 0, 1),
     ):
-        if not least <= value <= most:
-            raise ValueError(f"{flag_of(name)} is {value}; it has to be between {least} and {most}")
+        if not least <= value <= most or math.isinf(value):
+            bounds = f"at least {least}" if math.isinf(most) else f"between {least} and {most}"
+            raise ValueError(f"{flag_of(name)} is {value}; it has to be finite and {bounds}")
     if not 0 < config.data.eta < 1:
         raise ValueError(f"--eta is {config.data.eta}; it has to be above 0 and below 1")
     if not 0 < config.optimizer.lr < math.inf:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,15 +52,18 @@ def resolve_phases(config: RunConfig) -> tuple[Phase, ...]:
         ValueError: in one line, which phase is wrong and why.
     """
     if not config.phases.phases:
-        return (Phase(0, config.loss.loss, 0, config.train_iters, config, False),)
+        phases = [Phase(0, config.loss.loss, 0, config.train_iters, config, False)]
+        _require_groups_of_rewrites(phases)
+        return tuple(phases)
     texts = _expand(",".join(config.phases.phases))
-    _require_hyper_parameters_are_used(config, [text.partition(":")[0] for text in texts])
     resolve = functools.cache(lambda text: _resolve(config, text))  # interleaved phases come back many times
-    phases: list[Phase] = []
+    phases = []
     for text in texts:
         own, resets = resolve(text)
         start = phases[-1].end if phases else 0
         phases.append(Phase(len(phases), own.loss.loss, start, start + own.train_iters, own, resets))
+    _require_hyper_parameters_are_used(config, phases)
+    _require_groups_of_rewrites(phases)
     return tuple(phases)
 
 
@@ -85,26 +89,29 @@ def _resolve(config: RunConfig, text: str) -> tuple[RunConfig, bool]:
     if not colon or not steps.isdecimal() or int(steps) < 1:
         raise ValueError(f"--phases {text}: expected LOSS:STEPS, steps being a number of at least 1")
     hyper = loss_hyper_parameters()
-    values = flat_values(config)
-    for key in dict.fromkeys(key for names in hyper.values() for key in names):
-        if key not in hyper[name]:
-            values.pop(key)
-    values |= {"phases": [], "loss": name, "train_iters": int(steps)}
+    own: dict[str, Any] = {}
     resets = False
     for assignment in assignments:
         key, _, value = assignment.partition("=")
         key = key.replace("-", "_")
         if key == "optimizer" and value in ("keep", "reset"):
             resets = value == "reset"
+        elif key == "schedule":
+            own[key] = [*own.get(key, ()), value]
         elif key in _OWN_FLAGS or any(key in names for names in hyper.values()):
-            values[key] = _value(value)
+            own[key] = _value(value)
         else:
             raise ValueError(
                 f"--phases {text}: {key} cannot be a phase's own; what can: optimizer=keep|reset, the "
                 f"hyper-parameters of its loss, {', '.join(_OWN_FLAGS)}"
             )
+    values = flat_values(config)
+    known = {*hyper[name], *hyper.get(own.get("mix_loss", values["mix_loss"]), ())}
+    for key in dict.fromkeys(key for names in hyper.values() for key in names):
+        if key not in known:
+            values.pop(key)
     try:
-        return parse_values(values), resets
+        return parse_values({**values, "phases": [], "loss": name, "train_iters": int(steps), **own}), resets
     except ValueError as error:
         raise ValueError(f"--phases {text}: {error}") from None
 
@@ -113,10 +120,20 @@ def _value(text: str) -> Any:
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
-def _require_hyper_parameters_are_used(config: RunConfig, names: list[str]) -> None:
-    """A phase drops what its loss does not know; what no phase knows is a mistake."""
-    hyper = loss_hyper_parameters()
-    known = {key for name in names for key in hyper.get(name, ())}
-    for key in dict.fromkeys(key for keys in hyper.values() for key in keys):
+def _require_hyper_parameters_are_used(config: RunConfig, phases: Sequence[Phase]) -> None:
+    """A phase drops what its losses do not know; what no phase knows is a mistake."""
+    known = {key for phase in phases for key in phase.config.hyper_names}
+    for key in dict.fromkeys(key for keys in loss_hyper_parameters().values() for key in keys):
         if key not in known and getattr(config.loss, key) is not None:
-            raise ValueError(f"{flag_of(key)} has no meaning for any of the phases {', '.join(dict.fromkeys(names))}")
+            names = ", ".join(dict.fromkeys(phase.name for phase in phases))
+            raise ValueError(f"{flag_of(key)} has no meaning for any of the phases {names}")
+
+
+def _require_groups_of_rewrites(phases: Sequence[Phase]) -> None:
+    """A rewritten response has other tokens than those that the data have scores for."""
+    readers = [phase for phase in phases if phase.config.groups_from_data]
+    if readers and any(phase.config.rewrite.rewrite_interval for phase in phases):
+        raise ValueError(
+            f"--rewrite-interval: {readers[0].name} needs a score for each token, and rewritten responses have none: "
+            f"add --token-scores excess"
+        )

@@ -5,7 +5,7 @@ A row is an object with these keys; other keys are ignored:
     label       a string: what the reward compares a response with
     responses   optional list of {"text": ..., "source": "expert" | "teacher"}; each may have one of (token_groups.py)
                     token_scores    a finite number for each token: how much it matters
-                    token_groups    an integer of 0 to 1023 for each token: which cluster it is in
+                    token_groups    an integer of 0 to 63 for each token: which cluster it is in
     metadata    optional object, handed to the reward
 """
 
@@ -26,8 +26,8 @@ from gft_megatron.groups import Source
 MAX_LINE_BYTES = 8 * 2**20
 """A longer line is a bad row; it is never held in memory whole."""
 
-MAX_TOKEN_GROUPS = 1024
-"""A loss holds a sum for every group up to the highest: one absurd id must not ask for gigabytes."""
+MAX_TOKEN_GROUPS = 64
+"""Losses have a sum for each (losses/sft_go.py)."""
 
 _RECORDED_SOURCES = {"expert": Source.EXPERT, "teacher": Source.TEACHER}
 _PARQUET_MAGIC = b"PAR1"

@@ -46,8 +46,15 @@ def gft(
         tau_teacher: tau of teacher responses (default: tau).
         tau_self: tau of the model's own samples (default: tau). 0 leaves them unrectified: a token drawn with
             probability p and then weighted by p again is pushed away with p^2 when it was wrong.
+
+    Raises:
+        ValueError: a tau is out of range.
     """
     assert inputs.advantages is not None
+    given = {"tau": tau, "tau_expert": tau_expert, "tau_teacher": tau_teacher, "tau_self": tau_self}
+    for name, value in given.items():
+        if value is not None and not value >= 0:
+            raise ValueError(f"{name} is {value}; it has to be at least 0 (0 turns rectification off)")
     by_source = [tau] * len(Source)
     for source, override in ((Source.EXPERT, tau_expert), (Source.TEACHER, tau_teacher), (Source.SELF, tau_self)):
         if override is not None:

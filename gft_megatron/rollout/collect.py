@@ -111,7 +111,7 @@ class Collector:
     """Token ids to text, special tokens kept: a drawn <pad> in the middle of an answer must not vanish from it."""
     seed: int
     max_concurrent_samples: int
-    _recorded_rewards: dict[tuple[int, int], float] = field(default_factory=dict)
+    _recorded_rewards: dict[tuple[int, int, int], float] = field(default_factory=dict)
     _warned: bool = False
 
     async def collect(
@@ -197,7 +197,7 @@ class Collector:
         response = prompt.responses[index]
         reward = float("nan")
         if needs_reward:
-            key = (prompt.row, index)
+            key = (prompt.row, index, hash(response.text))  # a rewriting gives the same place another text
             if key not in self._recorded_rewards:
                 scored = await self._score(response.text, prompt, counts)
                 if scored is None:

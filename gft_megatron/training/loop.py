@@ -119,7 +119,11 @@ def _collect(phase: Phase, run: Run, progress: Progress) -> Rollout:
             run.reference,
             coefficient=config.value_at("kl_coef", step),
         )
-    return dataclasses.replace(rollout, trained=trained_part(shaped, **_left_out(config, recipe)), collected=shaped)
+    # Which groups are left out, and for how many others were drawn, is a matter of the rewards alone.
+    left_out = _left_out(config, recipe)
+    return dataclasses.replace(
+        rollout, trained=trained_part(shaped, **left_out, advantages=rollout.collected.advantages)
+    )
 
 
 def _left_out(config: RunConfig, recipe: GroupRecipe) -> dict[str, bool]:
@@ -154,7 +158,7 @@ def _objective(phase: Phase, run: Run, step: int) -> Objective:
         hyper=config.hyper_at(step),
         temperature=config.rollout.rollout_temperature,
         vocab_size=run.shape.vocab_size,
-        tells_batch_sums=config.loss.batch_statistics == "previous-step",
+        tells_batch_sums=config.reads_step_before,
         fused_linear_loss=config.optimizer.fused_linear_loss,
     )
 

@@ -65,8 +65,9 @@ def reset_optimizer(optimizer: MegatronOptimizer) -> None:
     """Forget the moments of the gradients; weights stay."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         for state in part.optimizer.state.values():
-            for value in state.values():
-                value.zero_()  # the moments and torch's step
+            for name, value in state.items():
+                if name != "master_param":  # Transformer Engine may keep the main weights here
+                    value.zero_()  # the moments and torch's step
         for group in part.optimizer.param_groups:
             if "step" in group:  # Transformer Engine's
                 group["step"] = 0

@@ -180,10 +180,20 @@ class RolloutWorkers:
         self._loop.close()
 
 
-def trained_part(batch: Batch, *, skip_zero_variance: bool, mask_truncated: bool) -> Batch:
-    """The samples that are trained on; see `RolloutWorkers.collect`."""
-    batch = with_variance(batch) if skip_zero_variance else batch
-    return without_truncated(batch) if mask_truncated else batch
+def trained_part(
+    batch: Batch, *, skip_zero_variance: bool, mask_truncated: bool, advantages: Tensor | None = None
+) -> Batch:
+    """The samples that are trained on; see `RolloutWorkers.collect`.
+
+    Args:
+        advantages: [n], what groups are judged by; default: the batch's own.
+    """
+    kept = torch.ones(batch.num_samples, dtype=torch.bool)
+    if skip_zero_variance:
+        kept &= _has_variance(batch.group_ids, batch.advantages if advantages is None else advantages)
+    if mask_truncated:
+        kept &= ~batch.truncated
+    return batch.select(kept.nonzero()[:, 0].tolist())
 
 
 def _finished(completion: Completion | None) -> np.ndarray | None:  # [response length] int64
@@ -192,22 +202,17 @@ def _finished(completion: Completion | None) -> np.ndarray | None:  # [response 
     return completion.token_ids.astype(np.int64)
 
 
-def with_variance(batch: Batch) -> Batch:
-    """The groups in which some advantage is not 0."""
-    informative = batch.group_ids[batch.advantages != 0].unique()
-    return batch.select(torch.isin(batch.group_ids, informative).nonzero()[:, 0].tolist())
-
-
-def without_truncated(batch: Batch) -> Batch:
-    """The samples that ended."""
-    return batch.select((~batch.truncated).nonzero()[:, 0].tolist())
+def _has_variance(group_ids: Tensor, advantages: Tensor) -> Tensor:  # [n], [n] -> [n] bool
+    """The samples of groups in which some advantage is not 0."""
+    return torch.isin(group_ids, group_ids[advantages != 0].unique())
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     """Rewards and lengths by source, and what was skipped, dropped or refilled."""
     batch, counts = rollout.collected, rollout.counts
+    unequal = batch.group_ids[_has_variance(batch.group_ids, batch.advantages)]
     metrics = {
-        "zero_std_frac": 1 - with_variance(batch).num_groups / max(batch.num_groups, 1),
+        "zero_std_frac": 1 - unequal.unique().numel() / max(batch.num_groups, 1),
         "groups_skipped": float(batch.num_groups - rollout.trained.num_groups),
         "groups_dropped": float(counts.dropped_groups),
         "refilled_samples": float(counts.refilled_samples),

@@ -24,7 +24,6 @@ from gft_megatron.convert.model_shape import ModelShape
 from gft_megatron.data.order import PromptOrder
 from gft_megatron.data.prompts import PromptStoreInfo, prepare_prompts
 from gft_megatron.data.store import PromptStore
-from gft_megatron.losses import required_inputs
 from gft_megatron.observe.console import Console, build_console
 from gft_megatron.observe.metrics import MetricsLog, Timings
 from gft_megatron.observe.trackers import Tracker, build_trackers
@@ -142,7 +141,7 @@ def _build_run(
         shape,
         run_dir,
         console,
-        needs_token_groups=any(_needs_scored_data(phase.config) for phase in phases),
+        needs_token_groups=any(phase.config.groups_from_data for phase in phases),
         needs_experts=any(phase.config.rollout.hint_segments for phase in phases),
     )
     eval_prompts = None
@@ -181,7 +180,7 @@ def _build_run(
     step = saved["progress"]["iteration"] if saved else 0
     phase = phase_at(phases, step)
     scheduler = build_scheduler(optimizer, phase.config.optimizer)
-    if saved and saved["phase"] == phase.index:
+    if saved and phase_of(saved) == phase.index:
         scheduler.load_state_dict(saved["scheduler"])
     elif phase.reset_optimizer:
         reset_optimizer(optimizer)
@@ -195,7 +194,7 @@ def _build_run(
         phases=phases,
         scheduler=scheduler,
         reference=reference,
-        batch_sums=_saved_sums(saved, phase, device),
+        batch_sums=saved_sums(saved, phase, device),
         workers=_workers(
             config,
             hf_folder,
@@ -206,7 +205,7 @@ def _build_run(
         train_prompts=train_prompts,
         eval_prompts=eval_prompts,
         order=order,
-        rewrites=_rewrites(phases, saved),
+        rewrites=saved_rewrites(phases, saved),
         timings=Timings(),
         console=console,
         metrics_log=MetricsLog(run_dir / "metrics.jsonl", resume_step=step) if is_main else None,
@@ -215,15 +214,25 @@ def _build_run(
     return run, saved
 
 
-def _rewrites(phases: tuple[Phase, ...], saved: dict[str, Any] | None) -> Rewrites | None:
+def phase_of(saved: dict[str, Any]) -> int:
+    """Number of the phase that a checkpoint was written in."""
+    return saved.get("phase", 0)  # a checkpoint from before there were phases has none
+
+
+def saved_rewrites(phases: tuple[Phase, ...], saved: dict[str, Any] | None) -> Rewrites | None:
     if not any(phase.config.rewrite.rewrite_interval for phase in phases):
         return None
-    state = saved["rewrites"] if saved else None
+    state = saved.get("rewrites") if saved else None
     return Rewrites() if state is None else Rewrites.from_state(state)
 
 
-def _saved_sums(saved: dict[str, Any] | None, phase: Phase, device: torch.device) -> dict[str, torch.Tensor] | None:
-    if not saved or saved["phase"] != phase.index or saved["batch_sums"] is None:
+def saved_sums(saved: dict[str, Any] | None, phase: Phase, device: torch.device) -> dict[str, torch.Tensor] | None:
+    if (
+        not phase.config.reads_step_before
+        or not saved
+        or phase_of(saved) != phase.index
+        or saved.get("batch_sums") is None
+    ):
         return None
     sums = saved["batch_sums"].items()
     return {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in sums}
@@ -310,10 +319,6 @@ def _prompts(
             f"{store} is another file here than on rank 0: --run-dir has to be on a disk that all nodes see"
         )
     return prompts
-
-
-def _needs_scored_data(config: RunConfig) -> bool:
-    return "token_groups" in required_inputs(config.loss_function) and not config.groups_by_excess
 
 
 def _reference(

@@ -197,6 +197,17 @@ def test_recorded_responses_are_scored_once():
     assert reward.asked == {"expert": 1, "bad": 1}
 
 
+def test_a_rewritten_response_has_a_reward_of_its_own():
+    reward = ScriptedReward({"e": 1.0, "new": 0.0})
+    collector = Collector(engine=ScriptedEngine(), reward=reward, decode=str, seed=0, max_concurrent_samples=1)
+    rewards = []
+    for text in ("e", "new", "new", "e"):
+        _, batch, _ = collect([prompt_with((text, Source.EXPERT))], collector=collector, n_expert=1)
+        rewards += batch.rewards.tolist()
+    assert rewards == [1.0, 0.0, 0.0, 1.0]
+    assert reward.asked == {"e": 1, "new": 1}
+
+
 def test_truncated_samples_are_marked_and_keep_their_last_token():
     prompt = prompt_with(("expert", Source.EXPERT))
     (group,), batch, _ = collect(

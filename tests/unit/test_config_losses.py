@@ -1,9 +1,10 @@
 """What a run's configuration makes of losses: groups, terms, schedules, and what is refused before anything is read."""
 
 import pytest
+import torch
 
 from gft_megatron.command_line import parse_args
-from gft_megatron.losses import LOSSES, is_token_local, required_inputs
+from gft_megatron.losses import LOSSES, LossInputs, is_token_local, required_inputs
 from gft_megatron.phases import resolve_phases
 
 REQUIRED = ["--hf-checkpoint", "model", "--prompt-data", "a.jsonl", "--train-iters", "11"]
@@ -45,6 +46,38 @@ def test_terms_and_their_coefficients():
     )
     assert {"ref_log_probs", "entropy", "advantages"} <= required_inputs(config.loss_function)
     assert is_token_local(config.loss_function) and config.needs_reference
+
+
+def test_a_mixed_loss_of_weight_0_keeps_its_hyper_parameters():
+    config = config_of("--loss", "grpo", "--mix-loss", "probability", "--mix-coef", 0, "--prob-power", 2)
+    assert config.hyper_at(0) == {"prob_power": 2.0, "mix_coef": 0.0}
+
+
+def test_a_mixed_loss_needs_token_groups_of_recorded_responses_only():
+    config = config_of("--loss", "grpo", "--mix-loss", "sft_go")
+    assert config.group_sizes == (1, 0, 8) and "token_groups" in required_inputs(config.loss_function)
+    tokens = torch.full((4,), -0.5)
+    loss, _ = config.loss_function(
+        LossInputs(
+            log_probs=tokens,
+            mask=tokens < 0,
+            sequence_ids=torch.tensor([0, 0, 1, 1]),
+            group_ids=torch.zeros(2, dtype=torch.int64),
+            sources=torch.tensor([0, 2]),
+            advantages=torch.zeros(2),
+            old_log_probs=tokens,
+            token_groups=torch.tensor([0, 1, -1, -1]),
+        ),
+        mix_coef=1.0,
+        lam=0.0,
+    )
+    assert loss.tolist() == [0.5, 0.5, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("name", "reads"), [("cadft", True), ("sft_go", True), ("uft", False), ("chord_mu", False)])
+def test_counts_are_those_of_the_batch_itself(name, reads):
+    assert config_of("--loss", name, "--batch-statistics", "previous-step").reads_step_before == reads
+    assert not config_of("--loss", name).reads_step_before
 
 
 def test_a_divergence_in_the_reward_is_no_term():
@@ -91,7 +124,16 @@ def test_hints_of_the_paper():
         (["--loss", "chord_mu", "--schedule", "mu=0.5:1.5:linear"], "--loss chord_mu: mu is 1.5"),
         (["--loss", "sft_go", "--loss-reduction", "seq-mean"], "--loss sft_go .*token-mean"),
         (["--loss", "discriminative", "--batch-statistics", "previous-step"], "--loss discriminative .*exact"),
-        (["--loss", "sft", "--rewrite-share", 2], "--rewrite-share is 2.0"),
+        (["--loss", "sft", "--rewrite-share", 2], "--rewrite-share is 2.0; it has to be finite and between 0 and 1"),
+        (["--loss", "sft", "--rewrite-warmup", "inf"], "--rewrite-warmup is inf; it has to be finite and at least 0"),
+        (["--loss", "sft_go", "--schedule", "per_sample=0:1:step"], "--schedule per_sample: it is True or False"),
+        (
+            ["--loss", "chord_mu", "--separate-means", "True", "--loss-reduction", "seq-mean"],
+            "--loss chord_mu .*token-mean",
+        ),
+        (["--loss", "grpo", "--mix-loss", "asft", "--fused-linear-loss"], "--mix-loss asft reads logits"),
+        (["--loss", "gft", "--tau", -1], "--loss gft: tau is -1.0; it has to be at least 0"),
+        (["--loss", "gft", "--tau-self", "nan"], "--loss gft: tau_self is nan; it has to be at least 0"),
         (["--loss", "gft", "--overlong-buffer-len", -1], "--overlong-buffer-len is -1"),
         (["--loss", "grpo", "--hint-segments", 5, "--hint-share", 0.5], "--hint-segments: --loss grpo would take"),
         (["--loss", "uft", "--hint-segments", 5], "--hint-segments 5 with a --hint-share of 0.0: hints take both"),

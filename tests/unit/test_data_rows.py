@@ -49,9 +49,9 @@ BAD_LINES = [
             (b'"token_scores": [true]', "responses[0].token_scores[0] is True, not a finite number"),
             (b'"token_scores": [1e999]', "responses[0].token_scores[0] is inf, not a finite number"),
             (b'"token_scores": [1' + b"0" * 400 + b"]", "not a finite number"),
-            (b'"token_groups": [0, 1.0]', "responses[0].token_groups[1] is 1.0, not an integer of 0 to 1023"),
-            (b'"token_groups": [-1]', "responses[0].token_groups[0] is -1, not an integer of 0 to 1023"),
-            (b'"token_groups": [1024]', "responses[0].token_groups[0] is 1024, not an integer"),
+            (b'"token_groups": [0, 1.0]', "responses[0].token_groups[1] is 1.0, not an integer of 0 to 63"),
+            (b'"token_groups": [-1]', "responses[0].token_groups[0] is -1, not an integer of 0 to 63"),
+            (b'"token_groups": [64]', "responses[0].token_groups[0] is 64, not an integer"),
             (b'"token_scores": [1], "token_groups": [1]', "both token_scores and token_groups"),
         ]
     ),

@@ -40,6 +40,33 @@ def test_interleaved():
     assert phases[-1].end == 20
 
 
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [("chord_mu:5:separate_means=true", []), ("chord_mu:5", ["--separate-means", "True"])],
+)
+def test_a_boolean_hyper_parameter(text, flags):
+    (only,) = phases_of(text, *flags)
+    assert only.config.loss_hyper == {"separate_means": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("probability:5,grpo:10:mix_loss=probability", []),
+        ("probability:5,grpo:10", ["--mix-loss", "probability"]),
+        ("sft:5:mix_coef=0,grpo:10:mix_loss=probability", []),
+    ],
+)
+def test_a_hyper_parameter_of_the_loss_that_is_mixed_in(text, flags):
+    *_, last = phases_of(text, "--prob-power", "2", *flags)
+    assert last.config.hyper_at(0) == {"prob_power": 2.0, "mix_coef": 0.1}
+
+
+def test_a_phase_may_have_several_schedules():
+    (only,) = phases_of("grpo:11:mix_loss=sft:schedule=mix_coef=1:0:linear:schedule=kl_coef=0:2:linear")
+    assert only.config.hyper_at(5) == {"mix_coef": 0.5, "kl_coef": 1.0}
+
+
 def test_without_phases_there_is_one():
     (only,) = resolve_phases(parse_args([*REQUIRED, "--train-iters", "7", "--loss", "dft"]))
     assert (only.name, only.start, only.end) == ("dft", 0, 7)
@@ -75,6 +102,19 @@ def test_what_is_wrong_is_named(text, message):
 def test_a_hyper_parameter_that_no_phase_has():
     with pytest.raises(ValueError, match="--tau has no meaning for any of the phases sft, dft"):
         phases_of("sft:2,dft:2", "--tau", "0.1")
+
+
+@pytest.mark.parametrize("text", ["sft_go:5:rewrite_interval=2", "cadft:5:rewrite_interval=2,sft_go:5"])
+def test_rewritten_responses_have_no_token_scores(text):
+    with pytest.raises(ValueError, match="--rewrite-interval: sft_go needs a score for each token.*excess"):
+        phases_of(text)
+    assert phases_of(text, "--token-scores", "excess")[-1].name == "sft_go"
+
+
+def test_the_one_phase_of_a_run_that_rewrites_has_no_token_scores():
+    config = parse_args([*REQUIRED, "--train-iters", "7", "--loss", "sft_go", "--rewrite-interval", "2"])
+    with pytest.raises(ValueError, match="--rewrite-interval: sft_go"):
+        resolve_phases(config)
 
 
 def test_train_iters_beside_phases():

@@ -212,8 +212,8 @@ def test_clusters_are_kinds_of_tokens_and_always_the_same(tmp_path: Path, two_ki
     assert groups() == found == groups(tokens_per_pass=1)
     more = groups(num_clusters=4)
     assert groups(num_clusters=4) == more and {group for its in more for group in its} == {0, 1, 2, 3}
-    with pytest.raises(ValueError, match="--num-clusters 900: the sample has only .* different hidden states"):
-        groups(num_clusters=900)
+    with pytest.raises(ValueError, match="--num-clusters 64: the sample has only .* different hidden states"):
+        groups(num_clusters=64)
 
 
 def test_k_means_finds_planted_centers() -> None:
@@ -270,7 +270,7 @@ def test_the_file_is_the_same_but_for_its_scores(tmp_path: Path, hf: Path, capsy
         (["tfidf", "--input", "gone"], "data file gone cannot be read: No such file"),
         (["tfidf", "--input", "bare"], "no recorded response to score; the first of 1 bad rows is line 2: bad"),
         (["cluster", "--input", "bare"], "bare has no recorded response to score"),
-        (["cluster", "--num-clusters", "1"], "--num-clusters is 1; it has to be 2 to 1024"),
+        (["cluster", "--num-clusters", "1"], "--num-clusters is 1; it has to be 2 to 64"),
         (["keep", "--model", "policy"], "--model policy: the files have no 'score.bias'"),
         (["keep", "--model", "classifier", "--window", "65"], "--window is 65; it has to be 3 to 64"),
         (["excess", "--ref-hf-checkpoint", "classifier"], "classifier has another tokenizer than --hf-checkpoint"),

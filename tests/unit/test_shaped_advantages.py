@@ -1,5 +1,6 @@
 """What is compared in a group, and of which rewards: the flags behind advantages, against numbers by hand."""
 
+import dataclasses
 import math
 
 import pytest
@@ -97,4 +98,8 @@ def test_truncated_samples_are_left_out_after_their_groups_were_compared():
     assert left.advantages.tolist() == pytest.approx([math.sqrt(1 / 3)] * 3 + [0.0, 0.0, 1.0], rel=1e-5)
     assert trained_part(batch, skip_zero_variance=True, mask_truncated=True).rows.tolist() == [0, 0, 0, 2]
     assert trained_part(batch, skip_zero_variance=True, mask_truncated=False).rows.tolist() == [0, 0, 0, 0, 2, 2]
+    # A divergence in the rewards makes all of them unequal, but groups are judged by what they were before.
+    shaped = dataclasses.replace(batch, advantages=torch.full_like(batch.advantages, 0.5))
+    left = trained_part(shaped, skip_zero_variance=True, mask_truncated=False, advantages=batch.advantages)
+    assert left.rows.tolist() == [0, 0, 0, 0, 2, 2] and left.advantages.tolist() == [0.5] * 6
     assert trained_part(batch, skip_zero_variance=False, mask_truncated=False).rows.tolist() == batch.rows.tolist()

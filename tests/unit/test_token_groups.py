@@ -18,12 +18,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from gft_megatron.command_line import parse_args
 from gft_megatron.data.packing import pack_micro_batch, packed_length
 from gft_megatron.data.prompts import PromptStore, PromptStoreInfo, prepare_prompts
-from gft_megatron.data.rows import BadRow, RowResponse
+from gft_megatron.data.rows import MAX_TOKEN_GROUPS, BadRow, RowResponse
 from gft_megatron.data.token_groups import response_groups, top_share
 from gft_megatron.groups import Source
+from gft_megatron.losses.sft_go import MAX_GROUPS
 from gft_megatron.rewards import build_reward
 from gft_megatron.rollout.collect import Collector, GroupRecipe
 from gft_megatron.rollout.engine import SamplingParams
+
+
+def test_a_loss_has_room_for_every_group_that_data_may_have():
+    assert MAX_TOKEN_GROUPS <= MAX_GROUPS
 
 
 @pytest.fixture(scope="module")
