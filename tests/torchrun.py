@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -48,3 +49,21 @@ def kill(process: subprocess.Popen) -> None:
     for victim in [launcher, *launcher.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.kill()
+
+
+@contextlib.contextmanager
+def stopped(process: subprocess.Popen) -> Iterator[None]:
+    """SIGSTOP to the launcher and every rank: the disk is as SIGKILL would leave it. They go on afterwards."""
+    launcher = psutil.Process(process.pid)
+    halted: list[psutil.Process] = []
+    while running := [p for p in [launcher, *launcher.children(recursive=True)] if p not in halted]:
+        for one in running:  # a rank may have started a process since it was listed
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.suspend()
+            halted.append(one)
+    try:
+        yield
+    finally:
+        for one in halted:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.resume()

@@ -11,6 +11,7 @@ Not covered: CUDA graphs, FSDP, Transformer Engine, NCCL user buffers.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ def install() -> None:
     if _installed or torch.cuda.is_available():
         return
     _installed = True
+    _answer_for_the_compiler()
     _answer_for_the_device()
     _answer_for_streams()
     _answer_for_random_state()
@@ -35,6 +37,23 @@ def install() -> None:
 
 def _returning(value: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
+
+
+def _answer_for_the_compiler() -> None:
+    # jit.py: torch.compile imports all of Inductor, a second of every start, where TORCH_COMPILE_DISABLE then leaves
+    # the functions as they are.
+    if os.environ.get("TORCH_COMPILE_DISABLE") != "1":
+        return
+    upstream, torch.compile = torch.compile, _uncompiled
+    try:
+        import megatron.core.jit  # noqa: F401
+    finally:
+        torch.compile = upstream
+
+
+def _uncompiled(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+    """torch.compile as a decorator, with options or without."""
+    return _uncompiled if function is None else function
 
 
 def _answer_for_the_device() -> None:

@@ -18,7 +18,6 @@ from gft_megatron.config import RunConfig
 from gft_megatron.groups import Batch, Source
 from gft_megatron.losses import required_inputs, response_figures
 from gft_megatron.observe.console import SampleRow
-from gft_megatron.observe.report import write_curves
 from gft_megatron.phases import Phase, phase_at
 from gft_megatron.rewriting import write_rewrites
 from gft_megatron.rollout.collect import GroupRecipe
@@ -336,6 +335,8 @@ def _finish(
         "curves": str(run_dir / "curves.png"),
     }
     if dist.get_rank() == 0:
+        from gft_megatron.observe.report import write_curves  # matplotlib, for the one rank that draws
+
         write_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
         (run_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         run.console.info(f"curves: {run_dir / 'curves.png'}")

@@ -1,18 +1,24 @@
-"""Train a tiny model on fixed groups under one parallel layout after another; started by torchrun, one process a rank.
+"""Train a tiny model on fixed groups, one job after the other; started by torchrun, one process a rank.
 
-For each layout: loss and every gradient of the first step (under Hugging Face names, whole), then the losses of three
+A job is FAMILY+LAYOUT and what is different in it, e.g. "qwen2+tp2sp+fused": "+fused" runs with --fused-linear-loss,
+"+sft" with that loss, "+not-token-local" as if the loss needed the whole batch; the name of a mutation breaks one
+thing. For each: loss and every gradient of the first step (under Hugging Face names, whole), then the losses of two
 more steps. The optimizer, DDP, schedules, packing and weight loading are those of a real run. Results go to
-OUT/<layout>.pt; test_equivalence.py compares them. A layout with "+fused" behind its name runs with --fused-linear-loss.
+OUT/JOB.pt; test_equivalence.py compares them.
 
-    torchrun --nproc-per-node 2 equivalence_worker.py --model DIR --out DIR --layouts tp2 pp2 [--mutate per-micro-batch]
+    torchrun --nproc-per-node 4 equivalence_worker.py --models DIR --out DIR --jobs qwen2+one qwen2+tp2pp2+fused
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -20,6 +26,7 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 import torch
 import torch.distributed as dist
 from ragged_batch import ragged_groups
+from worlds import run_in_worlds
 
 from gft_megatron.training import cpu
 
@@ -58,13 +65,44 @@ LAYOUTS = {
 }
 
 
-FUSED = "+fused"
 HYPER = {"gft": {"tau": 0.05}, "sft": {}}
 
 
-def run_layout(name: str, folder: HfFolder, *, loss: str) -> dict:
-    layout, fused = name.removesuffix(FUSED), name.endswith(FUSED)
+def num_ranks(layout: str) -> int:
     parallel = ParallelConfig(**LAYOUTS[layout])
+    model_ranks = (
+        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    )
+    return 1 if layout == "one" else max(2, model_ranks)
+
+
+def run_job(job: str, root: Path) -> dict:
+    family, layout, *options = job.split("+")
+    assert set(options) <= {"fused", "sft", "not-token-local", *MUTATIONS}, job
+    is_broken = not MUTATIONS.keys().isdisjoint(options)
+    with contextlib.ExitStack() as patches:
+        for option in options:
+            if option in MUTATIONS:
+                patches.enter_context(MUTATIONS[option]())
+        if "not-token-local" in options:  # the path of the losses that need the whole batch
+            patches.enter_context(patch.object(steps, "is_token_local", lambda loss: False))
+        try:
+            return train(
+                LAYOUTS[layout],
+                HfFolder(root / family),
+                loss="sft" if "sft" in options else "gft",
+                fused="fused" in options,
+            )
+        except FloatingPointError as error:
+            if not is_broken:
+                raise
+            return {"error": str(error)}
+        finally:
+            parallel_state.destroy_model_parallel()
+
+
+def train(layout: dict, folder: HfFolder, *, loss: str, fused: bool) -> dict:
+    parallel = ParallelConfig(**layout)
     lay_out(parallel)
     seed_ranks(1)
     model_config = ModelConfig(hf_checkpoint=str(folder.path), make_vocab_size_divisible_by=1)
@@ -90,11 +128,10 @@ def run_layout(name: str, folder: HfFolder, *, loss: str) -> dict:
     optimizer.step()
     scheduler.step(increment=1)
     result["later"] = [
-        steps.train_step(wrapped, optimizer, scheduler, inputs, objective).figures.metrics for _ in range(3)
+        steps.train_step(wrapped, optimizer, scheduler, inputs, objective).figures.metrics for _ in range(2)
     ]
     result["weights"] = {name: tensor.clone() for name, tensor in export_hf_tensors(wrapped, folder.shape)}
     dist.barrier()
-    parallel_state.destroy_model_parallel()
     return result
 
 
@@ -121,53 +158,68 @@ def whole_gradients(wrapped: list, folder: HfFolder) -> dict[str, torch.Tensor]:
     return gradients
 
 
-def mutate(what: str) -> None:
-    """Break one thing that the test is there to protect."""
-    if what == "no-all-gather":
-        from gft_megatron.ops import log_probs
+def no_all_gather():
+    from gft_megatron.ops import log_probs
 
-        log_probs._gather = lambda stats, tp_group: stats[None]
-    elif what == "per-micro-batch":
+    return patch.object(log_probs, "_gather", lambda stats, tp_group: stats[None])
 
-        def mean_of_micro_batch(per_token_loss, mask):
-            count = mask.sum()
-            return per_token_loss.sum() / count.clamp(min=1), (count > 0).int()
 
-        steps.token_sum = mean_of_micro_batch
-    elif what == "no-gradient-sum":
-        from gft_megatron.training import spec
+def per_micro_batch():
+    def mean_of_micro_batch(per_token_loss, mask):
+        count = mask.sum()
+        return per_token_loss.sum() / count.clamp(min=1), (count > 0).int()
 
-        # Each context-parallel rank keeps the gradient of its own queries for all keys instead of the sum.
-        spec.gather_from_sequence_parallel_region = lambda x, group: upstream_gather(
-            x, tensor_parallel_output_grad=False, group=group
-        )
-    elif what == "no-hidden-sum":
-        linear = importlib.import_module("gft_megatron.ops.linear_loss")
-        linear.start_hidden_reduction = lambda grad, tokens, shard: lambda: upstream_spread(grad, tokens)
-    elif what == "not-token-local":
-        # Nothing is broken: no loss of today needs the whole batch, and one that does takes this path.
-        steps.is_token_local = lambda loss: False
-    else:
-        assert what == "nothing", what
+    return patch.object(steps, "token_sum", mean_of_micro_batch)
+
+
+def no_gradient_sum():
+    """Each context-parallel rank keeps the gradient of its own queries for all keys instead of the sum."""
+    from gft_megatron.training import spec
+
+    return patch.object(
+        spec,
+        "gather_from_sequence_parallel_region",
+        lambda x, group: upstream_gather(x, tensor_parallel_output_grad=False, group=group),
+    )
+
+
+def no_hidden_sum():
+    linear = importlib.import_module("gft_megatron.ops.linear_loss")
+    return patch.object(
+        linear, "start_hidden_reduction", lambda grad, tokens, shard: lambda: upstream_spread(grad, tokens)
+    )
+
+
+MUTATIONS = {
+    "no-all-gather": no_all_gather,
+    "per-micro-batch": per_micro_batch,
+    "no-gradient-sum": no_gradient_sum,
+    "no-hidden-sum": no_hidden_sum,
+}
+"""Break one thing that the test is there to protect, and mend it."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--layouts", nargs="+", choices=[*LAYOUTS, *(name + FUSED for name in LAYOUTS)], required=True)
-    parser.add_argument("--loss", default="gft")
-    parser.add_argument("--mutate", default="nothing")
+    parser.add_argument("--jobs", nargs="+", required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    init_num_microbatches_calculator(dist.get_rank(), None, 1, 1, 1)
-    mutate(arguments.mutate)
-    for name in arguments.layouts:
-        result = run_layout(name, HfFolder(arguments.model), loss=arguments.loss)
+    init_num_microbatches_calculator(int(os.environ["RANK"]), None, 1, 1, 1)
+
+    def run(job: str) -> None:
+        result = run_job(job, arguments.models)
         if dist.get_rank() == 0:
-            torch.save(result, arguments.out / f"{name}.pt")
-    dist.destroy_process_group()
+            torch.save(result, arguments.out / f"{job}.pt")
+
+    run_in_worlds(by_num_ranks(arguments.jobs, lambda job: job.split("+")[1]), run, arguments.out)
+    assert "torch._inductor.compile_fx" not in sys.modules, "a second of every start (training/cpu.py)"
+
+
+def by_num_ranks(jobs: list[str], layout_of: Callable[[str], str]) -> dict[int, list[str]]:
+    sizes = sorted({num_ranks(layout_of(job)) for job in jobs})
+    return {size: [job for job in jobs if num_ranks(layout_of(job)) == size] for size in sizes}
 
 
 if __name__ == "__main__":

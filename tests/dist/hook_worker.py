@@ -21,12 +21,13 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 import torch
 import torch.distributed as dist
-from equivalence_worker import LAYOUTS, whole_gradients  # installs the CPU stand-ins for CUDA
+from equivalence_worker import LAYOUTS, by_num_ranks, whole_gradients  # installs the CPU stand-ins for CUDA
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from ragged_batch import ragged_groups
+from worlds import run_in_worlds
 
 from gft_megatron import LOSSES, hook_loss
 from gft_megatron.config import ModelConfig, OptimizerSettings, ParallelConfig
@@ -232,13 +233,14 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    init_num_microbatches_calculator(dist.get_rank(), None, 1, 1, 1)
-    for name in arguments.layouts:
+    init_num_microbatches_calculator(int(os.environ["RANK"]), None, 1, 1, 1)
+
+    def run(name: str) -> None:
         result = run_layout(name, HfFolder(arguments.model))
         if dist.get_rank() == dist.get_world_size() - 1:  # the last stage has the metrics
             torch.save(result, arguments.out / f"{name}.pt")
-    dist.destroy_process_group()
+
+    run_in_worlds(by_num_ranks(arguments.layouts, str), run, arguments.out)
 
 
 if __name__ == "__main__":

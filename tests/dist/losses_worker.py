@@ -1,25 +1,29 @@
 """Loss and gradient of every loss on one ragged batch, under one parallel layout after another; one process a rank.
 
-Started by torchrun. The reference is a second model, whose log-probs also stand for the old policy's, so that no ratio
-is 1. Results go to OUT/<layout>.pt; test_losses_on_ranks.py compares them.
+Started by torchrun. A job is a layout, "+long" behind it for longer micro-batches, or a layout and a mutation. The reference is a second model, whose log-probs also stand for the old policy's, so that no ratio
+is 1. Results go to OUT/JOB.pt; test_losses_on_ranks.py compares them.
 
-    torchrun --nproc-per-node 2 losses_worker.py --model DIR --reference DIR --out DIR --layouts tp2 pp2
+    torchrun --nproc-per-node 2 losses_worker.py --model DIR --reference DIR --out DIR --jobs one tp2sp "dp2+batch of this rank"
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import os
 from pathlib import Path
+from unittest.mock import patch
 
 # Sets up the environment and the stand-ins for CUDA before Megatron is imported.
-from equivalence_worker import LAYOUTS, whole_gradients  # isort: skip
+from equivalence_worker import LAYOUTS, by_num_ranks, whole_gradients  # isort: skip
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 from ragged_batch import ragged_groups
+from worlds import run_in_worlds
 
 from gft_megatron.config import ModelConfig, OptimizerSettings, ParallelConfig
 from gft_megatron.convert.hf_folder import HfFolder
@@ -48,8 +52,6 @@ CASES: dict[str, tuple[LossFn, dict, str]] = {
         "constant",
     ),
 }
-MAX_TOKENS = {"": 120, "+long": 240}
-"""Tokens of a micro-batch: 4 and 2 of them on one rank."""
 
 
 def sampled_groups() -> Batch:
@@ -66,8 +68,18 @@ def sampled_groups() -> Batch:
     )
 
 
-def run_layout(name: str, folder: HfFolder, reference_folder: HfFolder, cases: list[str]) -> dict[str, dict]:
-    layout, _, suffix = name.partition("+")
+def run_job(job: str, folder: HfFolder, reference_folder: HfFolder) -> dict[str, dict]:
+    layout, _, option = job.partition("+")
+    assert option in ("", "long", *MUTATIONS), job
+    mutation, cases = MUTATIONS.get(option, (contextlib.nullcontext, list(CASES)))
+    max_tokens = 240 if option == "long" else 120  # 4 micro-batches of them on one rank, or 2
+    with mutation():
+        return run_layout(layout, folder, reference_folder, cases, max_tokens)
+
+
+def run_layout(
+    layout: str, folder: HfFolder, reference_folder: HfFolder, cases: list[str], max_tokens: int
+) -> dict[str, dict]:
     parallel = ParallelConfig(**LAYOUTS[layout])
     lay_out(parallel)
     seed_ranks(1)
@@ -87,9 +99,7 @@ def run_layout(name: str, folder: HfFolder, reference_folder: HfFolder, cases: l
         loss, hyper, reduction = CASES[case]
         objective = step.Objective(loss=loss, hyper=hyper, vocab_size=folder.shape.vocab_size)
         weights = response_weights(batch.lengths - batch.prompt_lengths, reduction, longest=30)
-        packed = pack_for_this_replica(
-            batch, parallel, max_tokens=MAX_TOKENS["+" + suffix if suffix else ""], weights=weights
-        )
+        packed = pack_for_this_replica(batch, parallel, max_tokens=max_tokens, weights=weights)
         inputs = reference.forward(
             wrapped, list(map(step.StepInput, packed)), objective, with_logits="ref_kl" in required_inputs(loss)
         )
@@ -106,26 +116,30 @@ def run_layout(name: str, folder: HfFolder, reference_folder: HfFolder, cases: l
     return results
 
 
-def mutate(what: str) -> None:
-    """Break one thing that the test is there to protect."""
-    if what == "batch of this rank":
-        upstream = step.forward_batch_sums
-        all_reduce = dist.all_reduce
+def batch_of_this_rank():
+    upstream = step.forward_batch_sums
 
-        def of_this_rank(*arguments):
-            dist.all_reduce = lambda *_, **__: None
-            try:
-                return upstream(*arguments)
-            finally:
-                dist.all_reduce = all_reduce
+    def of_this_rank(*arguments):
+        with patch.object(dist, "all_reduce", lambda *_, **__: None):
+            return upstream(*arguments)
 
-        step.forward_batch_sums = of_this_rank
-    elif what == "sequences in parts":
-        step._context_sum = lambda values: values
-    elif what == "batch of this micro-batch":
-        step.forward_batch_sums = lambda *_: None
-    else:
-        assert what == "nothing", what
+    return patch.object(step, "forward_batch_sums", of_this_rank)
+
+
+def batch_of_this_micro_batch():
+    return patch.object(step, "forward_batch_sums", lambda *_: None)
+
+
+def sequences_in_parts():
+    return patch.object(step, "_context_sum", lambda values: values)
+
+
+MUTATIONS = {
+    "batch of this rank": (batch_of_this_rank, ["cadft", "sft_go", "uft", "chord_mu, separate means"]),
+    "batch of this micro-batch": (batch_of_this_micro_batch, ["cadft", "sft_go"]),
+    "sequences in parts": (sequences_in_parts, ["cadft", "gspo", "iw_sft", "poft", "sft_go each sample"]),
+}
+"""What breaks one thing that the test is there to protect, and the cases that have to show it."""
 
 
 def main() -> None:
@@ -133,19 +147,17 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--reference", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--layouts", nargs="+", required=True)
-    parser.add_argument("--cases", nargs="+", default=list(CASES))
-    parser.add_argument("--mutate", default="nothing")
+    parser.add_argument("--jobs", nargs="+", required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    init_num_microbatches_calculator(dist.get_rank(), None, 1, 1, 1)
-    mutate(arguments.mutate)
-    for name in arguments.layouts:
-        results = run_layout(name, HfFolder(arguments.model), HfFolder(arguments.reference), arguments.cases)
+    init_num_microbatches_calculator(int(os.environ["RANK"]), None, 1, 1, 1)
+
+    def run(job: str) -> None:
+        result = run_job(job, HfFolder(arguments.model), HfFolder(arguments.reference))
         if dist.get_rank() == 0:
-            torch.save(results, arguments.out / f"{name}.pt")
-    dist.destroy_process_group()
+            torch.save(result, arguments.out / f"{job}.pt")
+
+    run_in_worlds(by_num_ranks(arguments.jobs, lambda job: job.split("+")[0]), run, arguments.out)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from e2e_runs import run_tool
+from e2e_runs import run_tool, short_run
 
 CHARACTERS = "0123456789+-*=,:"
 
@@ -22,17 +22,5 @@ def toy(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def flags(toy, tmp_path) -> list[object]:
-    """A short GFT run on it; tests add layout and length, and override what they are about (the last flag wins)."""
-    return [
-        "--hf-checkpoint", toy / "model",
-        "--prompt-data", toy / "data" / "train.jsonl",
-        "--run-dir", tmp_path / "run",
-        "--rm-type", "examples/countdown_reward.py:score",
-        "--seq-length", 32,
-        "--rollout-max-response-len", 6,
-        "--rollout-batch-size", 8,
-        "--make-vocab-size-divisible-by", 4,
-        "--lr", 1e-3,
-        "--eval-interval", 0,
-        "--save-interval", 0,
-    ]  # fmt: skip
+    """Tests add layout and length, and override what they are about."""
+    return [*short_run(toy), "--run-dir", tmp_path / "run"]

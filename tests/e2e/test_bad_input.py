@@ -2,21 +2,11 @@
 
 import json
 import re
-import resource
 import shutil
 
 import pytest
-from e2e_runs import PROGRAM
+from e2e_runs import PROGRAM, error_line
 from torchrun import torchrun
-
-
-def error_line(done) -> str:
-    """The one line of ours; torchrun adds its own report after it."""
-    assert done.returncode != 0, done.stdout[-2000:]
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, done.stderr[-4000:]
-    assert "[rank" not in done.stderr, done.stderr[-4000:]  # how a rank's own traceback begins
-    return lines[0]
 
 
 def missing_file(toy, tmp_path):
@@ -85,25 +75,3 @@ def test_mistake_is_named(flags, toy, tmp_path, mistake):
     done = torchrun(PROGRAM, *flags, "--train-iters", 1, *arguments, num_ranks=2, timeout_sec=120)
     line = error_line(done)
     assert re.search(message, line), line
-
-
-def test_disk_full_in_a_save_keeps_the_checkpoint_before(flags, toy, tmp_path):
-    few = tmp_path / "few.jsonl"  # the prompt store has to fit under the limit
-    few.write_text("".join((toy / "data" / "train.jsonl").open().readlines()[:50]))
-    flags = [*flags, "--prompt-data", few, "--tensor-model-parallel-size", 2, "--save-interval", 2]
-    done = torchrun(PROGRAM, *flags, "--train-iters", 2, num_ranks=2)
-    assert done.returncode == 0, done.stderr[-4000:]
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # inherited: no file can grow beyond it
-    try:
-        done = torchrun(PROGRAM, *flags, "--train-iters", 4, num_ranks=2, timeout_sec=120)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    line = error_line(done)
-    assert "could not write the checkpoint" in line and "iter_0000004" in line and "MiB are free" in line
-    checkpoints = tmp_path / "run" / "checkpoints"
-    assert not (checkpoints / "iter_0000004").exists()
-    assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == "2"
-    done = torchrun(PROGRAM, *flags, "--train-iters", 4, num_ranks=2)
-    assert done.returncode == 0 and "iter_0000002" in done.stdout
-    assert sorted(p.name for p in checkpoints.glob("iter_*")) == ["iter_0000002", "iter_0000004"]
