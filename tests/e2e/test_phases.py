@@ -2,10 +2,11 @@
 
 import json
 import random
+import shutil
 
 from e2e_runs import PROGRAM, metrics_of
 from test_resume import COMPARED, wait_for_step
-from torchrun import kill, start_torchrun, torchrun
+from torchrun import kill, start_torchrun, stopped, torchrun
 
 PHASES = (
     "cadft:4:batch_statistics=previous-step,gft:3:lr=5e-4,"
@@ -19,8 +20,12 @@ def test_killed_on_either_side_of_a_boundary(flags, tmp_path):
         "--save-interval", 1, "--rm-type", "tests/e2e/digit_reward.py:score",
         "--rewrite-interval", 2, "--rewrite-warmup", 1, "--rewrite-share", 0.5, "--rewrite-probability", 1,
     ]  # fmt: skip
-    whole = torchrun(PROGRAM, *flags, "--run-dir", tmp_path / "whole", num_ranks=2)
-    assert whole.returncode == 0, whole.stderr[-4000:]
+    process = start_torchrun(PROGRAM, *flags, "--run-dir", tmp_path / "whole", num_ranks=2)
+    wait_for_step(tmp_path / "whole", 6, process)  # then it is in the last step of a phase
+    with stopped(process):
+        shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-4000:]
     expected = metrics_of(tmp_path / "whole")
     lr = [step["train/lr"] for step in expected]
     assert lr[0] == lr[7] == 1e-3 and lr[4] == 5e-4 and lr[3] < lr[0] and lr[6] < lr[4]
@@ -29,12 +34,11 @@ def test_killed_on_either_side_of_a_boundary(flags, tmp_path):
     assert rewrites
 
     flags += ["--run-dir", tmp_path / "cut"]
-    for step in (6, 8):  # then it is in the last step of one phase, and in the second of the next
-        process = start_torchrun(PROGRAM, *flags, num_ranks=2)
-        wait_for_step(tmp_path / "cut", step, process)
-        kill(process)
-        process.communicate()
-        assert len(metrics_of(tmp_path / "cut")) < 10
+    process = start_torchrun(PROGRAM, *flags, num_ranks=2)
+    wait_for_step(tmp_path / "cut", 8, process)  # in the second step of the next phase
+    kill(process)
+    process.communicate()
+    assert len(metrics_of(tmp_path / "cut")) < 10
     resumed = torchrun(PROGRAM, *flags, num_ranks=2)
     assert resumed.returncode == 0, resumed.stderr[-4000:]
     got = metrics_of(tmp_path / "cut")
