@@ -205,6 +205,12 @@ def _require_sizes(config: RunConfig) -> None:
         raise ValueError(f"--eta is {config.data.eta}; it has to be above 0 and below 1")
     if not 0 < config.optimizer.lr < math.inf:
         raise ValueError(f"--lr is {config.optimizer.lr}; it has to be positive")
+    if not 0 <= config.optimizer.min_lr <= config.optimizer.lr:
+        raise ValueError(
+            f"--min-lr is {config.optimizer.min_lr}; it has to be between 0 and --lr, {config.optimizer.lr}"
+        )
+    if not 0 <= config.optimizer.weight_decay < math.inf:
+        raise ValueError(f"--weight-decay is {config.optimizer.weight_decay}; it has to be finite and at least 0")
     virtual = config.parallel.virtual_pipeline_model_parallel_size
     if virtual is not None and (virtual < 2 or config.parallel.pipeline_model_parallel_size < 2):
         raise ValueError(
