@@ -91,6 +91,13 @@ def _require_groups(config: RunConfig) -> None:
             f"--loss {config.loss.loss} compares the responses of a group, and {given} leave one in each: "
             f"add --n-self 4, or --advantage-normalization none for the bare reward"
         )
+    # The only losses of which the step before says nothing: those that compare inside a group without rewards.
+    contrasts = batch_sums_of_this_batch(LOSSES[config.loss.loss])
+    if contrasts and (sizes.n_expert == 0 or sizes.n_teacher + sizes.n_self == 0):
+        raise ValueError(
+            f"--loss {config.loss.loss} holds an expert's response against the others of its group, and {given} leave "
+            f"nothing to compare: add --n-expert 1 --n-self 4"
+        )
     if natural_responses(LOSSES[config.loss.loss]) == "own" and sizes.n_self == 0:
         raise ValueError(f"--loss {config.loss.loss} learns from own samples, and {given} draw none: add --n-self 8")
     if config.loss.mix_loss is not None and sizes.n_expert + sizes.n_teacher == 0:
@@ -209,6 +216,12 @@ def _require_sizes(config: RunConfig) -> None:
         raise ValueError(f"--eta is {config.data.eta}; it has to be above 0 and below 1")
     if not 0 < config.optimizer.lr < math.inf:
         raise ValueError(f"--lr is {config.optimizer.lr}; it has to be positive")
+    if not 0 <= config.optimizer.min_lr <= config.optimizer.lr:
+        raise ValueError(
+            f"--min-lr is {config.optimizer.min_lr}; it has to be between 0 and --lr, {config.optimizer.lr}"
+        )
+    if not 0 <= config.optimizer.weight_decay < math.inf:
+        raise ValueError(f"--weight-decay is {config.optimizer.weight_decay}; it has to be finite and at least 0")
     virtual = config.parallel.virtual_pipeline_model_parallel_size
     if virtual is not None and (virtual < 2 or config.parallel.pipeline_model_parallel_size < 2):
         raise ValueError(

@@ -36,9 +36,14 @@ def parse_schedules(assignments: tuple[str, ...] | list[str]) -> dict[str, Sched
     """Schedules by the name of what they set.
 
     Raises:
-        ValueError: one is not of the form above.
+        ValueError: one is not of the form above, or two are of the same number.
     """
-    return dict(map(_parse, assignments))
+    schedules: dict[str, Schedule] = {}
+    for name, schedule in map(_parse, assignments):
+        if name in schedules:
+            raise ValueError(f"--schedule {name}: given twice")
+        schedules[name] = schedule
+    return schedules
 
 
 def _parse(assignment: str) -> tuple[str, Schedule]:

@@ -89,6 +89,8 @@ def test_a_saved_configuration_has_the_same_phases(tmp_path):
         ("(sft:2", "with commas between"),
         ("sgd:3", "unknown loss 'sgd'; the losses are gft, dft"),
         ("sft:3:seed=4", "seed cannot be a phase's own"),
+        ("sft:3,gft:3:min_lr=1e-3", "--phases gft:3:min_lr=1e-3: --min-lr is 0.001; it has to be between 0 and --lr"),
+        ("sft:3:weight_decay=-1", "--weight-decay is -1.0; it has to be finite and at least 0"),
         ("sft:3:lr=fast", "--phases sft:3:lr=fast: .*fast"),
         ("grpo:3:n_self=0", "--phases grpo:3:n_self=0: .*add --n-self 8|all 0"),
         ("dft:3:tau=0.1", "--tau has no meaning for --loss dft"),

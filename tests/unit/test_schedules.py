@@ -33,3 +33,8 @@ def test_a_phase_of_one_step():
 def test_what_is_no_schedule_is_refused(text):
     with pytest.raises(ValueError, match="--schedule .*expected NAME=START:END:SHAPE"):
         parse_schedules([text])
+
+
+def test_two_schedules_of_one_number_are_refused():
+    with pytest.raises(ValueError, match="--schedule mu: given twice"):
+        parse_schedules(["mu=1:0:linear", "mu=0.5:0:step"])
