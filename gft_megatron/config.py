@@ -23,6 +23,7 @@ from gft_megatron.losses import (
     batch_sums_of_policy,
     default_schedules,
     loss_hyper_parameters,
+    natural_comparison,
     natural_responses,
     required_inputs,
 )
@@ -124,8 +125,9 @@ class RolloutConfig:
     """Divide advantages by the group's standard deviation, or not; or compare a reward with those of the others."""
     advantage_ddof: Literal[0, 1] = 1
     """1 divides a group's variance by n - 1, 0 by n."""
-    advantage_scope: Literal["group", "source"] = "group"
-    """Compare a response with all of its group, or with those of its own source only."""
+    advantage_scope: Literal["group", "source"] | None = None
+    """Compare a response with all of its group, or with those of its own source only; default as the loss declares:
+    source for group RL and CHORD, else group."""
     overlong_buffer_len: int = 0
     """Last tokens of --rollout-max-response-len in which an own sample's reward falls by up to 1 (DAPO); 0: none."""
     mask_truncated: bool = False
@@ -316,6 +318,11 @@ class RunConfig:
         """Hyper-parameters of --loss, then those that only --mix-loss has."""
         hyper = loss_hyper_parameters()
         return list({**hyper[self.loss.loss], **(hyper[self.loss.mix_loss] if self.loss.mix_loss else {})})
+
+    @property
+    def compares_own_source(self) -> bool:
+        """Whether advantages compare a response with those of its own source only."""
+        return (self.rollout.advantage_scope or natural_comparison(LOSSES[self.loss.loss])) == "source"
 
     @property
     def loss_hyper(self) -> dict[str, Any]:

@@ -134,10 +134,6 @@ def _require_token_groups(config: RunConfig) -> None:
             f"--loss {config.loss.loss} needs a score for each token, and own samples have none: add --n-self 0, or "
             f"--token-scores excess"
         )
-    if "token_groups" in required_inputs(config.loss_function) and config.rewrite.rewrite_interval:
-        raise ValueError(
-            f"--rewrite-interval: --loss {config.loss.loss} needs a score for each token, rewrites have none"
-        )
     if config.rewrite.rewrite_interval and not config.group_sizes.n_expert + config.group_sizes.n_teacher:
         raise ValueError("--rewrite-interval replaces recorded responses, and there are none: add --n-expert 1")
 

@@ -9,9 +9,8 @@ would tear it from its policy (p near 0).
 
 The paper writes one expectation for each of the two parts, and so does its code: each is divided by its own tokens. The
 default here is one token mean over both, so that the share of recorded tokens acts on the balance as mu does;
-separate_means = True is the other reading. Advantages there compare own samples with one another; here they are those
-of the whole group, recorded responses included. Groups with equal rewards still have the second line's gradient:
---no-skip-zero-variance keeps them.
+separate_means = True is the other reading. Advantages compare own samples with one another, as there (--advantage-scope
+source), and a single demonstration with nothing, so that groups with equal own rewards keep the second line's gradient.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def part_sums(inputs: LossInputs) -> dict[str, Tensor]:
 
 
 @scheduled(mu="0.9:0.05:cosine:200")
-@trains_on("mixed")
+@trains_on("mixed", compares="source")
 @token_local
 @requires("advantages", "old_log_probs")
 @over_batch(part_sums, of_policy=False)
@@ -63,7 +62,7 @@ def chord_mu(
     return _mixed(inputs, nll, mu=mu, clip_low=clip_low, clip_high=clip_high, separate_means=separate_means)
 
 
-@trains_on("mixed")
+@trains_on("mixed", compares="source")
 @token_local
 @requires("advantages", "old_log_probs")
 @over_batch(part_sums, of_policy=False)

@@ -174,11 +174,19 @@ def response_figures(loss: LossFn) -> ResponseFigures | None:
 Responses = Literal["recorded", "mixed", "own"]
 
 
-def trains_on(responses: Responses) -> Callable[[LossFn], LossFn]:
-    """Declare whose responses a loss is made for, hence what its groups are made of where nobody says."""
+def trains_on(
+    responses: Responses, *, compares: Literal["group", "source"] | None = None
+) -> Callable[[LossFn], LossFn]:
+    """Declare whose responses a loss is made for, hence what its groups are made of where nobody says.
+
+    Args:
+        compares: whether advantages compare a response with its whole group or with those of its own source; default
+            the latter for a loss of own samples, beside which others may stand for another loss.
+    """
 
     def decorate(loss: LossFn) -> LossFn:
         loss.trains_on = responses  # type: ignore[attr-defined]
+        loss.compares = compares or ("source" if responses == "own" else "group")  # type: ignore[attr-defined]
         return loss
 
     return decorate
@@ -187,6 +195,11 @@ def trains_on(responses: Responses) -> Callable[[LossFn], LossFn]:
 def natural_responses(loss: LossFn) -> Responses:
     """Whose responses this loss was declared to be made for; recorded ones where it was not."""
     return getattr(loss, "trains_on", "recorded")
+
+
+def natural_comparison(loss: LossFn) -> Comparison:
+    """With whom the advantages of this loss were declared to compare a response."""
+    return getattr(loss, "compares", "group")
 
 
 def scheduled(**schedules: str) -> Callable[[LossFn], LossFn]:

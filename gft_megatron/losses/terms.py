@@ -28,6 +28,7 @@ from gft_megatron.losses.inputs import (
     default_schedules,
     is_of_token_mean,
     is_token_local,
+    natural_comparison,
     natural_responses,
     required_inputs,
     response_figures,
@@ -132,6 +133,7 @@ def with_terms(
     combined.is_token_local = all(map(is_token_local, parts.values()))  # type: ignore[attr-defined]
     only_own = natural_responses(main) == "own"
     combined.trains_on = "mixed" if only_own and mix else natural_responses(main)  # type: ignore[attr-defined]
+    combined.compares = natural_comparison(main)  # type: ignore[attr-defined]
     combined.of_token_mean = any(map(is_of_token_mean, parts.values()))  # type: ignore[attr-defined]
     combined.schedules = default_schedules(main)  # type: ignore[attr-defined]
     combined.response_figures = _response_figures_of(main)  # type: ignore[attr-defined]

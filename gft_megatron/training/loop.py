@@ -143,7 +143,7 @@ def _recipe(config: RunConfig, step: int) -> GroupRecipe:
         needs_advantages="advantages" in required_inputs(config.loss_function),
         advantage_normalization=rollout.advantage_normalization,
         advantage_ddof=rollout.advantage_ddof,
-        compare_own_source=rollout.advantage_scope == "source",
+        compare_own_source=config.compares_own_source,
         overlong_buffer_len=rollout.overlong_buffer_len,
         hints=hints,
     )

@@ -36,6 +36,14 @@ def test_groups(flags, sizes):
     assert config_of(*flags).group_sizes == sizes
 
 
+def test_own_samples_are_compared_with_own_samples():
+    """A demonstration for another loss would leave them a negative mean advantage."""
+    mixed = ["--loss", "grpo", "--mix-loss", "sft"]
+    assert config_of(*mixed).compares_own_source and config_of("--loss", "chord_mu").compares_own_source
+    assert not config_of("--loss", "gft").compares_own_source
+    assert not config_of(*mixed, "--advantage-scope", "group").compares_own_source
+
+
 def test_terms_and_their_coefficients():
     config = config_of(
         "--loss", "grpo", "--clip-high", 0.28, "--kl-coef", 0.1, "--mix-loss", "probability", "--prob-power", 2,
