@@ -174,9 +174,10 @@ def response_figures(loss: LossFn) -> ResponseFigures | None:
 Responses = Literal["recorded", "mixed", "own"]
 
 
-def trains_on(
-    responses: Responses, *, compares: Literal["group", "source"] | None = None
-) -> Callable[[LossFn], LossFn]:
+Comparison = Literal["group", "source"]
+
+
+def trains_on(responses: Responses, *, compares: Comparison | None = None) -> Callable[[LossFn], LossFn]:
     """Declare whose responses a loss is made for, hence what its groups are made of where nobody says.
 
     Args:

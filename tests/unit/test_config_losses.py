@@ -118,7 +118,6 @@ def test_hints_of_the_paper():
         (["--loss", "gft", "--n-teacher", 0, "--n-self", 0], "compares the responses of a group.*add --n-self 4"),
         (["--loss", "grpo", "--n-self", 0, "--n-expert", 2], "learns from own samples.*add --n-self 8"),
         (["--loss", "sft_go", "--n-self", 2], "needs a score for each token.*add --n-self 0"),
-        (["--loss", "sft_go", "--rewrite-interval", 5], "rewrites have none"),
         (["--loss", "asft", "--random-init"], "compares the model with a reference.*add --ref-hf-checkpoint"),
         (["--loss", "grpo", "--kl-coef", 0.1, "--random-init"], "add --ref-hf-checkpoint"),
         (["--loss", "asft", "--fused-linear-loss"], "reads logits"),
