@@ -1,13 +1,14 @@
-"""Load Hugging Face folders into Megatron under one layout, compute logits, export again; started by torchrun.
+"""Load Hugging Face folders into Megatron under each layout, compute logits, export again; started by torchrun.
 
-    torchrun --nproc-per-node 2 convert_logits_worker.py --folders DIR DIR --out DIR --tp 2 --pp 1
+    torchrun --nproc-per-node 2 convert_logits_worker.py --folders DIR DIR --out DIR --layouts 2x1 1x2
 
-Reads DIR/tokens.pt of each folder; writes OUT/<folder name>/logits.pt and the exported folder OUT/<folder name>/hf.
+Reads DIR/tokens.pt of each folder; writes OUT/TPxPP/<folder name>/logits.pt and the exported folder hf beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor, nn
+from worlds import run_in_worlds
 
 from gft_megatron.config import ModelConfig, ParallelConfig
 from gft_megatron.convert import HfFolder
@@ -48,20 +50,13 @@ def logits_of(chunks: list[nn.Module], tokens: Tensor) -> Tensor | None:  # [b, 
     return collected[0] if collected else None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--folders", nargs="+", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tp", type=int, required=True)
-    parser.add_argument("--pp", type=int, required=True)
-    arguments = parser.parse_args()
-    cpu.install()
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    parallel = ParallelConfig(tensor_model_parallel_size=arguments.tp, pipeline_model_parallel_size=arguments.pp)
+def run_layout(layout: str, paths: list[Path], out: Path) -> None:
+    """Write the logits and the exported folder of every model to OUT/LAYOUT/NAME."""
+    tp_size, pp_size = map(int, layout.split("x"))
+    parallel = ParallelConfig(tensor_model_parallel_size=tp_size, pipeline_model_parallel_size=pp_size)
     lay_out(parallel)
     seed_ranks(1)
-    for path in arguments.folders:
+    for path in paths:
         folder = HfFolder(path)
         settings = ModelConfig(hf_checkpoint=str(path), make_vocab_size_divisible_by=64)
         config = models.transformer_config(folder.shape, settings, parallel, {})
@@ -71,14 +66,29 @@ def main() -> None:
             folder.shape, config, vocab_size=vocab_size, max_sequence_length=256, device=torch.device("cpu")
         )
         load_hf_weights(chunks, folder, padded_vocab_size=vocab_size)
-        out = arguments.out / path.name
+        written = out / layout / path.name
         logits = logits_of(chunks, tokens)
         if logits is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
-            out.mkdir()
-            torch.save(logits, out / "logits.pt")
+            written.mkdir(parents=True)
+            torch.save(logits, written / "logits.pt")
         dist.barrier()
-        export_hf_folder(chunks, folder, out / "hf")
-    dist.destroy_process_group()
+        export_hf_folder(chunks, folder, written / "hf")
+    dist.barrier()
+    parallel_state.destroy_model_parallel()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folders", nargs="+", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--layouts", nargs="+", required=True, help="TPxPP")
+    arguments = parser.parse_args()
+    cpu.install()
+    torch.set_num_threads(1)
+    jobs = {}
+    for layout in arguments.layouts:
+        jobs.setdefault(math.prod(map(int, layout.split("x"))), []).append(layout)
+    run_in_worlds(jobs, lambda layout: run_layout(layout, arguments.folders, arguments.out), arguments.out)
 
 
 if __name__ == "__main__":

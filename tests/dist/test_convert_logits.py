@@ -16,7 +16,7 @@ from torchrun import torchrun
 from transformers import AutoModelForCausalLM
 
 WORKER = Path(__file__).with_name("convert_logits_worker.py")
-LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
+LAYOUTS = ["1x1", "2x1", "4x1", "1x2", "2x2"]  # TP x PP
 NUM_LAYERS = 4
 # Wide weights and long sequences: attention that depends on its positions, so that a wrong rope is seen.
 INITIALIZER_RANGE = 0.15
@@ -46,22 +46,28 @@ def expected(folders: dict[str, Path]) -> dict[str, torch.Tensor]:  # [b, s, v] 
     return logits
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("tp_size", "pp_size"), LAYOUTS)
-def test_logits_and_export(
-    folders: dict[str, Path], expected: dict[str, torch.Tensor], tmp_path: Path, tp_size: int, pp_size: int
-) -> None:
-    arguments = ["--out", tmp_path, "--tp", tp_size, "--pp", pp_size, "--folders", *folders.values()]
-    done = torchrun(WORKER, *arguments, num_ranks=tp_size * pp_size)
+@pytest.fixture(scope="module")
+def written(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LAYOUT/FAMILY/logits.pt and hf/"""
+    out = tmp_path_factory.mktemp("out")
+    done = torchrun(WORKER, "--out", out, "--layouts", *LAYOUTS, "--folders", *folders.values(), num_ranks=4)
     assert done.returncode == 0, done.stderr[-4000:]
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_and_export(
+    folders: dict[str, Path], expected: dict[str, torch.Tensor], written: Path, layout: str
+) -> None:
     for name, folder in folders.items():
-        padded = torch.load(tmp_path / name / "logits.pt", weights_only=True)
+        padded = torch.load(written / layout / name / "logits.pt", weights_only=True)
         logits = padded[..., : SIZES["vocab_size"]].double()
         # Logits reach 6; fp32 rounding was 2e-5 at most on every layout.
         torch.testing.assert_close(logits, expected[name], atol=1e-4, rtol=0)
         assert torch.count_nonzero(padded[..., SIZES["vocab_size"] :]) == 0
         original = load_file(folder / "model.safetensors")
-        exported = load_file(tmp_path / name / "hf" / "model.safetensors")
+        exported = load_file(written / layout / name / "hf" / "model.safetensors")
         assert exported.keys() == original.keys()
         for tensor_name, tensor in original.items():
             assert torch.equal(exported[tensor_name], tensor), tensor_name

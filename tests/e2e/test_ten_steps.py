@@ -66,7 +66,7 @@ def test_supervised_warm_up_and_evaluation(flags, tmp_path, toy):
         PROGRAM, *flags, "--prompt-data", toy / "data" / "warmup.jsonl", "--loss", "sft",
         "--n-expert", 1, "--n-teacher", 1, "--n-self", 0, "--rollout-batch-size", 320, "--num-steps-per-rollout", 10,
         "--train-iters", 60, "--lr", 3e-3, "--eval-prompt-data", held_out, "--eval-interval", 30,
-        "--tensor-model-parallel-size", 2, num_ranks=2,
+        "--tensor-model-parallel-size", 2, "--max-tokens-per-gpu", 1024, num_ranks=2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     steps = metrics_of(tmp_path / "run")
