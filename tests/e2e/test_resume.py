@@ -34,7 +34,7 @@ def common_flags(toy, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(common_flags, tmp_path_factory) -> dict[str, tuple[list, Path]]:
-    """Of each layout: the steps of a whole run, and its folder as a kill in step 5, or in the save before, leaves it."""
+    """Of each layout: the steps of a whole run, and its folder as a kill in step 5 or in the save before leaves it."""
     runs = {}
     for name, layout in LAYOUTS.items():
         folder = tmp_path_factory.mktemp("runs")
