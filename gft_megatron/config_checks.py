@@ -86,9 +86,12 @@ def _require_groups(config: RunConfig) -> None:
     if sum(sizes) == 0:
         raise ValueError("--n-expert, --n-teacher and --n-self are all 0: a group needs at least one response")
     compares = "advantages" in required_inputs(LOSSES[config.loss.loss])
-    if compares and sum(sizes) == 1 and config.rollout.advantage_normalization != "none":
+    is_alone = sum(sizes) == 1 or (sizes.n_self == 1 and config.compares_own_source)
+    if compares and is_alone and config.rollout.advantage_normalization != "none":
+        among_own = sizes.n_self and config.compares_own_source
+        whom = "own samples with one another" if among_own else "the responses of a group"
         raise ValueError(
-            f"--loss {config.loss.loss} compares the responses of a group, and {given} leave one in each: "
+            f"--loss {config.loss.loss} compares {whom}, and {given} leave one in each: "
             f"add --n-self 4, or --advantage-normalization none for the bare reward"
         )
     # The only losses of which the step before says nothing: those that compare inside a group without rewards.

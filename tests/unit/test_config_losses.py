@@ -131,6 +131,7 @@ def test_hints_of_the_paper():
         (["--loss", "chord_mu", "--schedule", "mu=0.5:1.5:linear"], "--loss chord_mu: mu is 1.5"),
         (["--loss", "sft_go", "--loss-reduction", "seq-mean"], "--loss sft_go .*token-mean"),
         (["--loss", "discriminative", "--batch-statistics", "previous-step"], "--loss discriminative .*exact"),
+        (["--loss", "grpo", "--mix-loss", "sft", "--n-self", 1], "compares own samples with one another, and"),
         (["--loss", "discriminative", "--n-expert", 0], "holds an expert's response against the others"),
         (["--loss", "discriminative_mean", "--n-teacher", 0, "--n-self", 0], "leave nothing to compare: add --n-exp"),
         (["--loss", "sft", "--rewrite-share", 2], "--rewrite-share is 2.0; it has to be finite and between 0 and 1"),
