@@ -33,17 +33,21 @@ from gft_megatron.losses.reduce import response_weights
 from gft_megatron.losses.terms import with_terms
 from gft_megatron.training import model as models
 from gft_megatron.training import step
+from gft_megatron.training.excess import with_excess_groups
 from gft_megatron.training.micro_batches import pack_for_this_replica
 from gft_megatron.training.optimizer import build_optimizer
 from gft_megatron.training.parallel import lay_out, seed_ranks
 from gft_megatron.training.reference import Reference
 from gft_megatron.training.weights import load_hf_weights
 
+BY_EXCESS = "sft_go, groups by excess loss"
+ETA = 0.3
 # Hyper-parameters that put tokens on both sides of every branch; the defaults do for the rest.
 CASES: dict[str, tuple[LossFn, dict, str]] = {
     **{name: (loss, {}, "token-mean") for name, loss in LOSSES.items()},
     "gft": (LOSSES["gft"], {"tau": 0.05}, "token-mean"),
     "sft_go each sample": (LOSSES["sft_go"], {"per_sample": True}, "token-mean"),
+    BY_EXCESS: (LOSSES["sft_go"], {}, "token-mean"),
     "grpo, mean of responses": (LOSSES["grpo"], {}, "seq-mean"),
     "chord_mu, separate means": (LOSSES["chord_mu"], {"separate_means": True}, "token-mean"),
     "gspo with everything": (
@@ -104,6 +108,8 @@ def run_layout(
             wrapped, list(map(step.StepInput, packed)), objective, with_logits="ref_kl" in required_inputs(loss)
         )
         inputs = [dataclasses.replace(item, old_log_probs=item.ref_log_probs) for item in inputs]
+        if case == BY_EXCESS:
+            inputs = with_excess_groups(batch, inputs, wrapped, objective, ETA)
         figures = step.forward_backward(wrapped, optimizer, inputs, objective)
         results[case] = {
             "metrics": figures.metrics,

@@ -5,11 +5,13 @@ weighs whole responses that context-parallel ranks share (GSPO, iw-SFT, PoFT), t
 whole distribution (ASFT): all have to be put together from parts here.
 """
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from hf_models import SIZES, save_model
+from ragged_batch import ragged_groups
 from torchrun import torchrun
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -83,3 +85,23 @@ def test_the_batch_was_divided(results):
 def test_a_wrong_reduction_shows(results, job):
     broken = results[job]  # of the cases that have to show it
     assert broken and [case for case in broken if differs(broken[case], results["one"][case]) is None] == []
+
+
+def test_groups_by_excess_loss_equal_float64(folders, results):
+    """The ceil(0.3 r) tokens of each response whose loss exceeds the reference's most, and the mean loss of the rest."""
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64) for folder in folders]
+    batch = ragged_groups()
+    important, others = [], []
+    for ids, prompt in zip(batch.tokens.split(batch.lengths.tolist()), batch.prompt_lengths.tolist(), strict=True):
+        with torch.no_grad():
+            nll, ref_nll = (
+                -model(ids[None]).logits[0, prompt - 1 : -1].log_softmax(-1).gather(-1, ids[prompt:, None])[:, 0]
+                for model in models
+            )
+        order = (nll - ref_nll).argsort(descending=True)
+        count = math.ceil(0.3 * len(nll))
+        important.append(nll[order[:count]])
+        others.append(nll[order[count:]])
+    metrics = results["one"]["sft_go, groups by excess loss"]["metrics"]
+    assert metrics["group_1_nll"] == pytest.approx(float(torch.cat(important).mean()), rel=1e-5)
+    assert metrics["group_0_nll"] == pytest.approx(float(torch.cat(others).mean()), rel=1e-5)
