@@ -27,7 +27,7 @@ def with_excess_groups(
 
     The score of every token of the batch goes to every rank: 8 bytes a token, one all-reduce.
     """
-    log_probs = forward_log_probs(chunks, [item.micro_batch for item in inputs], objective)
+    log_probs = forward_log_probs(chunks, inputs, objective)
     reports = []
     if is_last_stage():
         assert log_probs is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from gft_megatron.config import RunConfig
@@ -17,15 +16,15 @@ from gft_megatron.observe.metrics import Timings
 from gft_megatron.rollout.collect import GroupRecipe, recipe_advantages
 from gft_megatron.training.excess import with_excess_groups
 from gft_megatron.training.micro_batches import pack_for_this_replica, split_over_steps
-from gft_megatron.training.passes import Chunks, Report, run_schedule, sum_over_replicas
+from gft_megatron.training.passes import Chunks, Report, sum_over_replicas
 from gft_megatron.training.reference import Reference
 from gft_megatron.training.step import (
     Objective,
     StepInput,
     forward_log_probs,
+    forward_only,
     known_inputs,
     sample_sums,
-    token_log_probs,
 )
 
 
@@ -47,8 +46,7 @@ def prepare_steps(
     if len(steps) > 1 and "old_log_probs" in reads:
         with timings.measure("old_log_probs"):
             steps = [_with_old_log_probs(step, chunks, objective) for step in steps]
-    groups_tokens = "token_groups" in reads and config.data.token_scores == "excess"
-    if reads & {"ref_log_probs", "ref_kl"} or groups_tokens:
+    if reads & {"ref_log_probs", "ref_kl"} or config.groups_by_excess:
         assert reference is not None
         with timings.measure("ref_log_probs"):
             steps = [
@@ -57,7 +55,7 @@ def prepare_steps(
                 )
                 for step in steps
             ]
-    if groups_tokens:
+    if config.groups_by_excess:
         with timings.measure("token_groups"):
             steps = [
                 dataclasses.replace(
@@ -82,7 +80,7 @@ def pack(batch: Batch, config: RunConfig) -> list[StepInput]:
 
 
 def _with_old_log_probs(step: PreparedStep, chunks: Chunks, objective: Objective) -> PreparedStep:
-    old = forward_log_probs(chunks, [item.micro_batch for item in step.inputs], objective)
+    old = forward_log_probs(chunks, step.inputs, objective)
     if old is None:
         return step
     inputs = [dataclasses.replace(item, old_log_probs=values) for item, values in zip(step.inputs, old, strict=True)]
@@ -114,10 +112,8 @@ def with_kl_in_rewards(
 def _sample_divergence(
     chunks: Chunks, inputs: list[StepInput], objective: Objective, estimator: KlEstimator
 ) -> Tensor:  # [samples of the batch]
-    def loss_func(output: Tensor, item: StepInput, chunk: DistributedDataParallel) -> tuple[Tensor, Tensor, Report]:
-        log_probs, entropy = token_log_probs(output, item.micro_batch, objective, chunk)
+    def tell(output: Tensor, item: StepInput, log_probs: Tensor, entropy: Tensor) -> Report:
         known = known_inputs(item, output.device, None).with_policy(log_probs, entropy)
-        sums = sample_sums(kl_penalty(known, estimator=estimator), item.micro_batch)
-        return log_probs.sum(), item.micro_batch.mask.sum().int().to(log_probs.device), {"kl": sums}
+        return {"kl": sample_sums(kl_penalty(known, estimator=estimator), item.micro_batch)}
 
-    return sum_over_replicas(run_schedule(chunks, inputs, loss_func, forward_only=True))["kl"].cpu()
+    return sum_over_replicas(forward_only(chunks, inputs, objective, tell))["kl"].cpu()

@@ -13,7 +13,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
@@ -21,8 +20,8 @@ from gft_megatron.convert.hf_folder import HfFolder
 from gft_megatron.training.fused_linear import handing_through, output_weight
 from gft_megatron.training.model import gather_updated_parameters
 from gft_megatron.training.parallel import is_last_stage
-from gft_megatron.training.passes import Chunks, Report, run_schedule
-from gft_megatron.training.step import Objective, StepInput, token_log_probs
+from gft_megatron.training.passes import Chunks
+from gft_megatron.training.step import Objective, StepInput, forward_only
 from gft_megatron.training.weights import load_hf_weights
 
 
@@ -58,16 +57,16 @@ class Reference:
     ) -> list[StepInput]:
         """The inputs with ref_log_probs, and ref_logits on request; as they were but on the last stage."""
 
-        def loss_func(output: Tensor, item: StepInput, chunk: DistributedDataParallel) -> tuple[Tensor, Tensor, Report]:
-            log_probs, _ = token_log_probs(output, item.micro_batch, on_hidden, chunk)
-            if with_logits and self._output_weight is None:
-                self._output_weight = output_weight(chunk).detach().clone()
-            count = item.micro_batch.mask.sum().int().to(log_probs.device)
-            return log_probs.sum(), count, {"log_probs": log_probs, "hidden": output[0]}
-
         on_hidden = dataclasses.replace(objective, fused_linear_loss=True)
         with self.in_place(chunks), handing_through(chunks):
-            reports = run_schedule(chunks, inputs, loss_func, forward_only=True)
+            reports = forward_only(
+                chunks,
+                inputs,
+                on_hidden,
+                lambda output, _, log_probs, __: {"log_probs": log_probs, "hidden": output[0]},
+            )
+            if with_logits and self._output_weight is None and is_last_stage():
+                self._output_weight = output_weight(chunks[-1]).detach().clone()
         if not is_last_stage():
             return list(inputs)
         is_split = chunks[0].config.sequence_parallel

@@ -152,16 +152,24 @@ def forward_backward(
     return _figures(sum_over_replicas(reports), inputs)
 
 
-def forward_log_probs(
-    chunks: Chunks, micro_batches: Sequence[PackedMicroBatch], objective: Objective
-) -> list[Tensor] | None:
-    """Log-probs [t] of each micro-batch under the present weights, by the same schedule; None but on the last stage."""
+# (output of the last stage, item, log-probs [t], entropy [t]) -> what to report
+Tell = Callable[[Tensor, StepInput, Tensor, Tensor], Report]
+
+
+def forward_only(chunks: Chunks, inputs: Sequence[StepInput], objective: Objective, tell: Tell) -> list[Report]:
+    """What `tell` says of each micro-batch under the present weights, in order; empty but on the last stage."""
 
     def loss_func(output: Tensor, item: StepInput, chunk: DistributedDataParallel) -> tuple[Tensor, Tensor, Report]:
-        log_probs, _ = token_log_probs(output, item.micro_batch, objective, chunk)
-        return log_probs.sum(), _count(item, log_probs), {"log_probs": log_probs}
+        log_probs, entropy = token_log_probs(output, item.micro_batch, objective, chunk)
+        count = item.micro_batch.mask.sum().int().to(log_probs.device)
+        return log_probs.sum(), count, tell(output, item, log_probs, entropy)
 
-    reports = run_schedule(chunks, list(map(StepInput, micro_batches)), loss_func, forward_only=True)
+    return run_schedule(chunks, inputs, loss_func, forward_only=True)
+
+
+def forward_log_probs(chunks: Chunks, inputs: Sequence[StepInput], objective: Objective) -> list[Tensor] | None:
+    """Log-probs [t] of each micro-batch under the present weights; None but on the last stage."""
+    reports = forward_only(chunks, inputs, objective, lambda _, __, log_probs, ___: {"log_probs": log_probs})
     return [report["log_probs"] for report in reports] or None
 
 
@@ -174,16 +182,10 @@ def forward_batch_sums(chunks: Chunks, inputs: Sequence[StepInput], objective: O
         counted = [_once(sums(known_inputs(item, device, None))) for item in inputs]
         return sum_over_replicas(counted if is_last_stage() else [])
 
-    def loss_func(output: Tensor, item: StepInput, chunk: DistributedDataParallel) -> tuple[Tensor, Tensor, Report]:
-        log_probs, entropy = token_log_probs(output, item.micro_batch, objective, chunk)
-        known = known_inputs(item, output.device, None).with_policy(log_probs, entropy)
-        return log_probs.sum(), _count(item, log_probs), _once(sums(known))
+    def tell(output: Tensor, item: StepInput, log_probs: Tensor, entropy: Tensor) -> Report:
+        return _once(sums(known_inputs(item, output.device, None).with_policy(log_probs, entropy)))
 
-    return sum_over_replicas(run_schedule(chunks, inputs, loss_func, forward_only=True))
-
-
-def _count(item: StepInput, like: Tensor) -> Tensor:
-    return item.micro_batch.mask.sum().int().to(like.device)
+    return sum_over_replicas(forward_only(chunks, inputs, objective, tell))
 
 
 def _once(sums: Report) -> Report:
