@@ -149,7 +149,7 @@ def _require_reference(config: RunConfig) -> None:
         )
     if config.optimizer.fused_linear_loss:
         for flag, name in (("--loss", config.loss.loss), ("--mix-loss", config.loss.mix_loss)):
-            if name is not None and "ref_kl" in required_inputs(LOSSES[name]):
+            if name is not None and required_inputs(LOSSES[name]) & {"ref_kl", "top_entropy"}:
                 raise ValueError(f"{flag} {name} reads logits, which --fused-linear-loss never holds")
 
 

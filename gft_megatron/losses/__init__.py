@@ -12,7 +12,7 @@ from gft_megatron.losses.chord import chord_mu, chord_phi
 from gft_megatron.losses.cispo import cispo
 from gft_megatron.losses.dft import dft
 from gft_megatron.losses.discriminative import discriminative, discriminative_mean
-from gft_megatron.losses.eaft import eaft
+from gft_megatron.losses.eaft import eaft, eaft_top20
 from gft_megatron.losses.f_divergence import f_divergence
 from gft_megatron.losses.gft import gft
 from gft_megatron.losses.grpo import grpo
@@ -52,6 +52,7 @@ LOSSES: dict[str, LossFn] = {
     "probability": probability,
     "psft": psft,
     "eaft": eaft,
+    "eaft_top20": eaft_top20,
     "asft": asft,
     "iw_sft": iw_sft,
     "poft": poft,

@@ -28,6 +28,7 @@ class LossInputs:
     old_log_probs: Tensor | None = None  # [n] fp32: under the policy at the start of this rollout's updates
     ref_log_probs: Tensor | None = None  # [n] fp32: under the frozen reference
     rollout_log_probs: Tensor | None = None  # [n] fp32: as the sampler reported them; NaN on recorded responses
+    top_entropy: Tensor | None = None  # [n] fp32: entropy of the TOP_K likeliest tokens (losses/eaft.py)
     ref_kl: Tensor | None = None  # [n] fp32
     token_groups: Tensor | None = None  # [n] int64
     batch: Mapping[str, Tensor] | None = None
@@ -52,6 +53,10 @@ class LossInputs:
         """With each token's divergence from the reference."""
         return dataclasses.replace(self, ref_kl=ref_kl)
 
+    def with_top_entropy(self, top_entropy: Tensor) -> LossInputs:  # [n]
+        """With the entropy of each token's likeliest alternatives."""
+        return dataclasses.replace(self, top_entropy=top_entropy)
+
 
 _PER_TOKEN = (
     "log_probs",
@@ -61,6 +66,7 @@ _PER_TOKEN = (
     "old_log_probs",
     "ref_log_probs",
     "rollout_log_probs",
+    "top_entropy",
     "ref_kl",
     "token_groups",
 )

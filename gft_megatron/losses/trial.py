@@ -29,6 +29,7 @@ def try_loss(loss: LossFn, hyper: dict[str, Any]) -> None:
             old_log_probs=tokens,
             ref_log_probs=tokens,
             rollout_log_probs=tokens,
+            top_entropy=tokens.neg(),
             ref_kl=tokens.neg(),
             token_groups=torch.tensor([0, 1, 0, 1]),
         ),

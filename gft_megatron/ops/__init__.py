@@ -7,6 +7,7 @@ from gft_megatron.ops.linear_loss import linear_loss
 from gft_megatron.ops.log_probs import vocab_parallel_log_probs
 from gft_megatron.ops.rectified import rectified_cross_entropy
 from gft_megatron.ops.segments import segment_means, segment_sums
+from gft_megatron.ops.top_entropy import vocab_parallel_top_entropy
 
 __all__ = [
     "balanced_partition",
@@ -18,4 +19,5 @@ __all__ = [
     "segment_sums",
     "vocab_parallel_kl",
     "vocab_parallel_log_probs",
+    "vocab_parallel_top_entropy",
 ]

@@ -30,6 +30,7 @@ from gft_megatron.losses import (
     required_inputs,
 )
 from gft_megatron.losses.reduce import masked_mean
+from gft_megatron.losses.trial import try_loss
 from gft_megatron.ops import vocab_parallel_log_probs
 from gft_megatron.ops.rows import check_temperature
 
@@ -119,9 +120,9 @@ def _try(name: str, loss: LossFn, hyper: dict[str, Any]) -> None:
     for key in hyper:
         if key not in known:
             raise ValueError(f"the loss {name!r} has no hyper-parameter {key!r}; it has {', '.join(known) or 'none'}")
-    token = torch.zeros(1, 1, device="cpu")  # a script may build its model under torch.device("meta")
     try:
-        loss(_inputs(token, token == 0, token), **hyper)
+        with torch.device("cpu"):  # a script may build its model under torch.device("meta")
+            try_loss(loss, hyper)
     except TypeError as error:
         raise ValueError(f"the loss {name!r} cannot take the hyper-parameters {hyper}: {error}") from error
 

@@ -30,8 +30,15 @@ from gft_megatron.losses import (
     is_token_local,
     required_inputs,
 )
+from gft_megatron.losses.eaft import TOP_K
 from gft_megatron.losses.reduce import token_sum
-from gft_megatron.ops import linear_log_probs, linear_loss, vocab_parallel_kl, vocab_parallel_log_probs
+from gft_megatron.ops import (
+    linear_log_probs,
+    linear_loss,
+    vocab_parallel_kl,
+    vocab_parallel_log_probs,
+    vocab_parallel_top_entropy,
+)
 from gft_megatron.training.fused_linear import output_weight, with_weight_gradient
 from gft_megatron.training.parallel import is_last_stage
 from gft_megatron.training.passes import Chunks, Report, run_schedule, sum_over_replicas
@@ -280,6 +287,8 @@ def _loss(
         policy = known.with_policy(log_probs, entropy)
         if item.ref_logits is not None:
             policy = policy.with_ref_kl(_divergence(output, item, objective))
+        if "top_entropy" in required_inputs(objective.loss):
+            policy = policy.with_top_entropy(_top_entropy(output, objective))
         per_token_loss, metrics = objective.loss(policy, **objective.hyper)
         loss, num_tokens = token_sum(weights * per_token_loss, mask)
         metric_sums = {name: value * num_tokens for name, value in metrics.items()}
@@ -324,6 +333,16 @@ def _divergence(output: Tensor, item: StepInput, objective: Objective) -> Tensor
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         temperature=objective.temperature,
         labels=item.micro_batch.labels.to(output.device),
+        vocab_size=objective.vocab_size,
+    )
+
+
+def _top_entropy(output: Tensor, objective: Objective) -> Tensor:  # [1, t, v/p] -> [t]
+    return vocab_parallel_top_entropy(
+        output[0],
+        top_k=TOP_K,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        temperature=objective.temperature,
         vocab_size=objective.vocab_size,
     )
 

@@ -27,7 +27,7 @@ RESPONSES = [
 NUM_PADDING = 2  # masked positions with junk after each response; like the packing's, they say they are of response 0
 DIFFERENTIABLE = ("log_probs", "entropy", "ref_kl")
 PER_TOKEN = (*DIFFERENTIABLE, "mask", "sequence_ids", "old_log_probs", "ref_log_probs", "rollout_log_probs")
-PER_TOKEN = (*PER_TOKEN, "token_groups")
+PER_TOKEN = (*PER_TOKEN, "token_groups", "top_entropy")
 
 
 def make_inputs(**changes) -> LossInputs:
@@ -44,6 +44,7 @@ def make_inputs(**changes) -> LossInputs:
             ("log_probs", log_probs, 1e30),
             ("entropy", 4.0 * uniform[1], -1e30),
             ("ref_kl", uniform[2], 1e30),
+            ("top_entropy", 3.0 * uniform[2], -1e30),
             ("old_log_probs", log_probs - 0.6 * normal[1], -1e30),
             ("ref_log_probs", log_probs - lead - 0.9 * normal[2], -1e30),
             ("rollout_log_probs", rollout, 1e30),

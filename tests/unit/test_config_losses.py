@@ -121,6 +121,7 @@ def test_hints_of_the_paper():
         (["--loss", "asft", "--random-init"], "compares the model with a reference.*add --ref-hf-checkpoint"),
         (["--loss", "grpo", "--kl-coef", 0.1, "--random-init"], "add --ref-hf-checkpoint"),
         (["--loss", "asft", "--fused-linear-loss"], "reads logits"),
+        (["--loss", "eaft_top20", "--fused-linear-loss"], "reads logits"),
         (["--loss", "grpo", "--mix-loss", "gspo"], "--mix-loss gspo: not a loss of recorded responses"),
         (["--loss", "grpo", "--mix-loss", "sfd"], "--mix-loss sfd: unknown"),
         (["--loss", "sft", "--kl-coef", 0.1, "--kl-in", "reward"], "--kl-in reward: --loss sft"),

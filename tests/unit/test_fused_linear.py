@@ -73,6 +73,7 @@ def test_token_local_losses_are(name: str) -> None:
         rollout_log_probs=(-torch.rand(30, generator=generator) * 3).where(torch.arange(30) >= 16, torch.nan),
         ref_log_probs=-torch.rand(30, generator=generator) * 3,
         ref_kl=torch.rand(30, generator=generator),
+        top_entropy=torch.rand(30, generator=generator),
         token_groups=torch.randint(2, (30,), generator=generator),
     )
     sums = batch_sums(loss)

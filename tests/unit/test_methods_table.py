@@ -14,6 +14,7 @@ INPUTS = {
     "entropy": "entropy",
     "reference": "ref_log_probs",
     "reference's logits": "ref_kl",
+    "logits": "top_entropy",
     "token scores": "token_groups",
     "sampler's log-probs": "rollout_log_probs",
 }

@@ -41,6 +41,7 @@ def make_inputs(**changes) -> LossInputs:
         "group_ids": torch.zeros(5, dtype=torch.int64),
         "sources": torch.tensor(SOURCES),
         "entropy": entropy.requires_grad_(),
+        "top_entropy": entropy.detach().clone(),
         "advantages": torch.tensor(ADVANTAGES),
         "old_log_probs": old_log_probs,
     }
@@ -156,6 +157,7 @@ CASES = {  # loss, hyper-parameters, formula, the branches that have to be met
     "psft": ("psft", {}, psft_token(0.28), {"own", "clipped", "below", "inside"}),
     "psft narrow": ("psft", {"clip_high": 0.05}, psft_token(0.05), {"own", "clipped", "below", "inside"}),
     "eaft": ("eaft", {}, eaft_token(1, 3), {"full", "less"}),
+    "eaft_top20": ("eaft_top20", {}, eaft_token(1, 3), {"full", "less"}),
     "eaft squared": ("eaft", {"entropy_power": 2.0, "entropy_scale": 2.0}, eaft_token(2, 2), {"full", "less"}),
     "chord_phi": ("chord_phi", {}, chord_token(0.1, 0.2, 0.2), {"recorded", *OWN}),
     "chord_phi clip-higher": (
