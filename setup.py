@@ -22,6 +22,7 @@ DEPENDENCIES = [
     "numpy",
     "transformers>=5.20,<6",
     "safetensors",
+    "aiohttp",  # the SGLang servers' client
     "math-verify",
     "pyarrow",
     "tyro",

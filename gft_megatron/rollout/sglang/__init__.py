@@ -1,0 +1,1 @@
+"""Samples from SGLang servers: their clients, their health, their weights. SGLang itself is never imported."""
