@@ -30,6 +30,7 @@ from gft_megatron.losses import (
 from gft_megatron.losses.reduce import Reduction
 from gft_megatron.losses.terms import KlEstimator, with_terms
 from gft_megatron.rollout.engine import SamplingParams
+from gft_megatron.rollout.recipe import RolloutRules
 from gft_megatron.schedules import Schedule, parse_schedules
 
 
@@ -136,11 +137,47 @@ class RolloutConfig:
     """Leave out groups whose rewards are all equal: they carry no gradient. With hints they do, and are kept."""
     refill_groups: bool = False
     """Draw more prompts until --rollout-batch-size groups with unequal rewards are there."""
+    refill_budget: int = 10
+    """Most prompts drawn for a rollout, in --rollout-batch-sizes; with what there is then, the run goes on."""
+    over_sampling_batch_size: int | None = None
+    """Prompts begun for a rollout; drawing stops when --rollout-batch-size groups are done, and the rest comes first
+    in the next rollout. Default --rollout-batch-size. Needs servers."""
+    partial_rollout: bool = False
+    """Go on with samples that over-sampling stopped half-way, instead of drawing them anew. Needs --max-staleness."""
+    max_staleness: int = 0
+    """Rollouts collected ahead while others are trained on, hence the most that a sample's weights may be behind. 0:
+    generation and training take turns. Needs servers; --tis-clip corrects for it."""
     hint_segments: int = 0
     """Pieces that an expert's response is cut into, the first of which own samples may begin with (UFT); the paper's
     number is 5. 0: no hints."""
     hint_share: float = 0.0
     """Chance of each piece to be given; the paper's is --schedule hint_share=0.95:0.05:cosine:300."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Rollout engine."""
+
+    rollout_engine: Literal["local", "sglang"] = "local"
+    """Who draws own samples: a transformers model in each training process, or SGLang servers."""
+    sglang_urls: tuple[str, ...] = ()
+    """Servers that are running already, as http://HOST:PORT; their keys are in the environment."""
+    sglang_discovery_file: str | None = None
+    """File with such addresses, one a line; read again when it changes."""
+    sglang_router_url: str | None = None
+    """An sglang-router in front of them that requests go through; everything else goes straight to the servers."""
+    sglang_workers_per_node: int = 0
+    """Servers that this run starts, on each of its nodes, and stops."""
+    sglang_python: str | None = None
+    """Python interpreter of SGLang's environment, for servers started here; default $GFT_SGLANG_PYTHON."""
+    sglang_args: tuple[str, ...] = ()
+    """More flags of sglang.launch_server, for servers started here."""
+    weight_sync: Literal["disk", "distributed", "tensor"] = "disk"
+    """How new weights get to the servers: as files, by broadcast (NCCL, gloo), or in memory on the same host."""
+    weight_sync_dir: str | None = None
+    """Folder that trainer and servers see, for --weight-sync disk; default RUN_DIR/weights."""
+    weight_sync_bucket_mib: int = 512
+    """Weights are handed over in pieces of at most this size, or of one tensor."""
 
 
 _ScheduleStyle = Literal["constant", "cosine", "linear", "inverse-square-root", "WSD"]
@@ -295,6 +332,7 @@ class RunConfig:
     parallel: ParallelConfig
     data: DataConfig
     rollout: RolloutConfig
+    engine: EngineConfig
     loss: LossConfig  # type: ignore[valid-type]
     rewrite: RewriteConfig
     phases: PhasesConfig
@@ -312,6 +350,30 @@ class RunConfig:
         if self.loss.mix_loss is not None:
             natural = (max(natural[0], 1), *natural[1:])
         return GroupSizes(*(size if given is None else given for given, size in zip(wanted, natural, strict=True)))
+
+    @property
+    def rollout_rules(self) -> RolloutRules:
+        """How many groups a rollout has, and which."""
+        rollout = self.rollout
+        return RolloutRules(
+            num_groups=rollout.rollout_batch_size,
+            num_draws=rollout.over_sampling_batch_size or rollout.rollout_batch_size,
+            # Weighed alike, or begun by a hint, a group teaches something whatever its rewards.
+            skip_zero_variance=rollout.skip_zero_variance and self.needs_advantages and not rollout.hint_segments,
+            mask_truncated=rollout.mask_truncated,
+            refill=rollout.refill_groups,
+            most_draws=rollout.refill_budget * rollout.rollout_batch_size,
+            keep_partial=rollout.partial_rollout,
+            max_staleness=rollout.max_staleness,
+        )
+
+    @property
+    def needs_advantages(self) -> bool:
+        return "advantages" in required_inputs(self.loss_function)
+
+    @property
+    def steps_per_rollout(self) -> int:
+        return self.optimizer.num_steps_per_rollout * self.optimizer.num_epochs_per_rollout
 
     @property
     def hyper_names(self) -> list[str]:

@@ -32,6 +32,7 @@ def check_config(config: RunConfig) -> None:
     """
     _require_sizes(config)
     _require_consistent_rollout(config)
+    _require_servers(config)
     if config.phases.phases:  # each phase has a configuration of its own, which is checked as this one
         if config.optimizer.train_iters is not None:
             raise ValueError("--train-iters beside --phases: the phases say how long each of them is")
@@ -166,35 +167,30 @@ def _try_hyper_parameters(config: RunConfig) -> None:
 
 def _require_sizes(config: RunConfig) -> None:
     at_least_one = {
+        config.model: ("make_vocab_size_divisible_by",),
         config.parallel: ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
         config.data: ("seq_length",),
-        config.rollout: ("rollout_batch_size", "rollout_max_response_len", "max_concurrent_samples"),
-        config.optimizer: ("num_steps_per_rollout", "num_epochs_per_rollout"),
+        config.rollout: (
+            "rollout_batch_size", "rollout_max_response_len", "max_concurrent_samples", "refill_budget",
+        ),
+        config.engine: ("weight_sync_bucket_mib",),
+        config.optimizer: (
+            "num_steps_per_rollout", "num_epochs_per_rollout", "max_tokens_per_gpu", "micro_batch_size", "train_iters",
+        ),
         config.output: ("keep_last", "n_samples_per_eval_prompt", "log_interval"),
-    }
-    for section, names in at_least_one.items():
-        for name in names:
-            if getattr(section, name) < 1:
-                raise ValueError(f"{flag_of(name)} is {getattr(section, name)}; it has to be at least 1")
-    for section, name in (
-        (config.rollout, "n_expert"),
-        (config.rollout, "n_teacher"),
-        (config.rollout, "n_self"),
-        (config.rollout, "overlong_buffer_len"),
-        (config.rollout, "hint_segments"),
-    ):
-        value = getattr(section, name)
-        if value is not None and value < 0:
-            raise ValueError(f"{flag_of(name)} is {value}; it cannot be negative")
-    for section, name in (
-        (config.model, "make_vocab_size_divisible_by"),
-        (config.optimizer, "max_tokens_per_gpu"),
-        (config.optimizer, "micro_batch_size"),
-        (config.optimizer, "train_iters"),
-    ):
-        value = getattr(section, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{flag_of(name)} is {value}; it has to be at least 1")
+    }  # fmt: skip
+    not_negative = {
+        config.rollout: (
+            "n_expert", "n_teacher", "n_self", "overlong_buffer_len", "hint_segments", "max_staleness",
+        ),
+        config.engine: ("sglang_workers_per_node",),
+    }  # fmt: skip
+    for least, bound, sections in ((1, "has to be at least 1", at_least_one), (0, "cannot be negative", not_negative)):
+        for section, names in sections.items():
+            for name in names:
+                value = getattr(section, name)
+                if value is not None and value < least:
+                    raise ValueError(f"{flag_of(name)} is {value}; it {bound}")
     if not 0 < config.rollout.rollout_temperature < math.inf:
         raise ValueError(f"--rollout-temperature is {config.rollout.rollout_temperature}; it has to be positive")
     if not 0 < config.rollout.rollout_top_p <= 1:
@@ -255,3 +251,39 @@ def _require_consistent_rollout(config: RunConfig) -> None:
             f"--rollout-batch-size {rollout.rollout_batch_size} groups cannot be divided over "
             f"--num-steps-per-rollout {config.optimizer.num_steps_per_rollout} steps"
         )
+
+
+def _require_servers(config: RunConfig) -> None:
+    rollout, engine = config.rollout, config.engine
+    over_sampling = rollout.over_sampling_batch_size
+    if over_sampling is not None and over_sampling < rollout.rollout_batch_size:
+        raise ValueError(
+            f"--over-sampling-batch-size {over_sampling} is less than --rollout-batch-size {rollout.rollout_batch_size}"
+        )
+    if rollout.partial_rollout and not (rollout.max_staleness and over_sampling is not None):
+        raise ValueError(
+            "--partial-rollout goes on with samples of older weights that over-sampling stopped: it needs "
+            "--over-sampling-batch-size and --max-staleness of at least 1"
+        )
+    sources = {
+        "--sglang-urls": bool(engine.sglang_urls),
+        "--sglang-discovery-file": engine.sglang_discovery_file is not None,
+        "--sglang-workers-per-node": engine.sglang_workers_per_node > 0,
+    }
+    given = [flag for flag, is_given in sources.items() if is_given]
+    if engine.rollout_engine == "sglang":
+        if len(given) != 1:
+            raise ValueError(
+                f"--rollout-engine sglang needs to know its servers from exactly one of {', '.join(sources)}; "
+                f"{' and '.join(given) or 'none'} is given"
+            )
+        return
+    needs_servers = {
+        **sources,
+        "--sglang-router-url": engine.sglang_router_url is not None,
+        "--over-sampling-batch-size": over_sampling is not None,
+        "--max-staleness": rollout.max_staleness > 0,
+    }
+    for flag, is_given in needs_servers.items():
+        if is_given:
+            raise ValueError(f"{flag} needs --rollout-engine sglang: the embedded engine takes turns with training")

@@ -72,6 +72,16 @@ class Sample:
     token_groups: np.ndarray | None = None  # [response length] int64 >= 0, None where the data say nothing
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class GroupKey:
+    """The name of a group for good: its requests, its random choices and its place in the bank go by it."""
+
+    rollout_id: int
+    """The rollout that it was first drawn for."""
+    group_id: int
+    """Unique in that rollout."""
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """All responses to one prompt."""

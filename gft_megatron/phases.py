@@ -24,7 +24,8 @@ _OWN_FLAGS = (
     "num_steps_per_rollout", "num_epochs_per_rollout",
     "rollout_batch_size", "n_expert", "n_teacher", "n_self", "rollout_temperature", "rollout_top_p",
     "advantage_normalization", "advantage_ddof", "advantage_scope", "overlong_buffer_len", "mask_truncated",
-    "skip_zero_variance", "refill_groups", "hint_segments", "hint_share",
+    "skip_zero_variance", "refill_groups", "refill_budget", "over_sampling_batch_size", "partial_rollout",
+    "max_staleness", "hint_segments", "hint_share",
     "loss_reduction", "batch_statistics", "schedule", "kl_coef", "kl_estimator", "kl_in", "entropy_coef",
     "mix_loss", "mix_coef", "rewrite_interval", "rewrite_warmup", "rewrite_share", "rewrite_probability",
 )  # fmt: skip

@@ -64,8 +64,25 @@ class RolloutError(Exception):
         self.request_id = request_id
 
 
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """The beginning of a response, drawn before its request was aborted. To go on from, never to train on as it is."""
+
+    token_ids: np.ndarray  # [number drawn] int64
+    log_probs: np.ndarray  # [number drawn] float32, as in Completion
+    weight_spans: tuple[WeightSpan, ...]  # cover [0, number drawn)
+
+
 class RequestAborted(RolloutError):
     """Cancelled by `abort`."""
+
+    def __init__(self, request_id: str, message: str, partial: Partial | None = None) -> None:
+        """
+        Args:
+            partial: what had been drawn, where the engine can tell.
+        """
+        super().__init__(request_id, message)
+        self.partial = partial
 
 
 class RequestRefused(RolloutError):
@@ -82,6 +99,8 @@ class RolloutEngine(ABC):
     scope: ClassVar[Literal["rank", "replica"]]
     """"rank": every training rank runs its own engine and collects its own share of the prompts (the embedded one).
     "replica": one engine client for each data-parallel replica, on its first rank (remote servers)."""
+    is_reproducible: ClassVar[bool]
+    """Whether the same requests, together and with the same weights, give the same samples again."""
 
     weight_version: int
     """Version of the weights that the next token is sampled with; -1 before the first `update_weights`."""
@@ -96,11 +115,16 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     async def abort(self, request_ids: Iterable[str] | None = None) -> None:
-        """Cancel these requests (None: all). Their `generate` calls raise RequestAborted."""
+        """Cancel these requests (None: all). Their `generate` calls raise RequestAborted.
+
+        A `generate` call that is itself cancelled (asyncio) leaves no request behind either.
+        """
 
     @abstractmethod
     async def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take new weights under their Hugging Face names, every tensor whole. No request may be in flight.
+        """Take new weights under their Hugging Face names, every tensor whole.
+
+        An engine of scope "rank" has no request in flight then. Servers may: their samples go on with the new weights.
 
         The iterable may be a collective (each item gathers from other ranks): it is always consumed to its end.
         """

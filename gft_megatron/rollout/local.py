@@ -45,6 +45,7 @@ class LocalEngine(RolloutEngine):
     """Samples with a transformers model in this process."""
 
     scope: ClassVar[Literal["rank", "replica"]] = "rank"
+    is_reproducible: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -121,6 +121,13 @@ def find_checkpoint(root: Path) -> tuple[Path | None, str | None]:
     return complete[-1], warning
 
 
+def oldest_checkpoint(root: Path) -> int:
+    """Iteration of the oldest complete checkpoint, 0 where there is none: a resume may go back to it."""
+    return min(
+        (int(folder.name.removeprefix("iter_")) for folder in root.glob("iter_*") if _is_complete(folder)), default=0
+    )
+
+
 def load_checkpoint(
     folder: Path,
     chunks: list[DistributedDataParallel],

@@ -16,13 +16,13 @@ import torch.distributed as dist
 
 from gft_megatron.config import RunConfig
 from gft_megatron.groups import Batch, Source
-from gft_megatron.losses import required_inputs, response_figures
+from gft_megatron.losses import response_figures
 from gft_megatron.observe.console import SampleRow
 from gft_megatron.phases import Phase, phase_at
 from gft_megatron.rewriting import write_rewrites
-from gft_megatron.rollout.collect import GroupRecipe
 from gft_megatron.rollout.hints import Hints
-from gft_megatron.training.checkpoint import layout, save_checkpoint
+from gft_megatron.rollout.recipe import GroupRecipe
+from gft_megatron.training.checkpoint import layout, oldest_checkpoint, save_checkpoint
 from gft_megatron.training.exchange import max_over_ranks
 from gft_megatron.training.optimizer import build_scheduler, reset_optimizer
 from gft_megatron.training.prepare import prepare_steps, with_kl_in_rewards
@@ -67,6 +67,7 @@ def _train(config: RunConfig, run: Run, saved: dict[str, Any] | None) -> dict[st
         before = progress.iteration
         rollout = _collect(phase, run, progress)
         _update(phase, run, progress, rollout)
+        run.workers.mark_trained(rollout, progress.iteration)
         progress.rollout_id += 1
         _rewrite(phase, run, progress, before)
         at_end = progress.iteration == run.phases[-1].end
@@ -83,6 +84,7 @@ def _enter(run: Run, phase: Phase) -> Phase:
     run.console.info(f"phase {phase.index + 1} of {len(run.phases)}: {phase.name}, steps {phase.start + 1}-{phase.end}")
     run.scheduler = build_scheduler(run.optimizer, phase.config.optimizer)
     run.batch_sums = None
+    run.workers.discard_ahead()
     if phase.reset_optimizer:
         reset_optimizer(run.optimizer)
     return phase
@@ -91,20 +93,21 @@ def _enter(run: Run, phase: Phase) -> Phase:
 def _collect(phase: Phase, run: Run, progress: Progress) -> Rollout:
     step = progress.iteration - phase.start
     config, recipe = phase.config, _recipe(phase.config, step)
-    if recipe.n_self:
+    if recipe.n_self and not run.workers.num_ahead:
         _update_weights(run, progress)
+    prompts = run.rewritten_prompts if run.rewrites is not None else run.train_prompts
     with run.timings.measure("rollout"):
         rollout = run.workers.collect(
-            run.rewritten_prompts if run.rewrites is not None else run.train_prompts,
+            prompts,
             run.order,
             recipe,
-            num_groups=config.rollout.rollout_batch_size,
-            **_left_out(config, recipe),
-            refill=config.rollout.refill_groups,
+            config.rollout_rules,
             rollout_id=progress.rollout_id,
+            version=progress.iteration,
         )
     run.timings.add("generate", rollout.counts.generate_sec)
     run.timings.add("reward", rollout.counts.reward_sec)
+    _collect_ahead(phase, run, progress)
     if config.loss.kl_in == "loss" or not config.changes("kl_coef"):
         return rollout
     assert run.reference is not None
@@ -119,18 +122,34 @@ def _collect(phase: Phase, run: Run, progress: Progress) -> Rollout:
             coefficient=config.value_at("kl_coef", step),
         )
     # Which groups are left out, and for how many others were drawn, is a matter of the rewards alone.
-    left_out = _left_out(config, recipe)
-    return dataclasses.replace(
-        rollout, trained=trained_part(shaped, **left_out, advantages=rollout.collected.advantages)
+    rules = config.rollout_rules
+    trained = trained_part(
+        shaped,
+        skip_zero_variance=rules.skip_zero_variance,
+        mask_truncated=rules.mask_truncated,
+        advantages=rollout.collected.advantages,
     )
+    return dataclasses.replace(rollout, trained=trained)
 
 
-def _left_out(config: RunConfig, recipe: GroupRecipe) -> dict[str, bool]:
-    return {
-        # Weighed alike, or begun by a hint, a group teaches something whatever its rewards.
-        "skip_zero_variance": config.rollout.skip_zero_variance and recipe.needs_advantages and recipe.hints is None,
-        "mask_truncated": config.rollout.mask_truncated,
-    }
+def _collect_ahead(phase: Phase, run: Run, progress: Progress) -> None:
+    """Let the servers draw the next rollouts while this one is trained on; --max-staleness says how many."""
+    config = phase.config
+    if not config.rollout.max_staleness or not config.group_sizes.n_self:
+        return
+    _update_weights(run, progress)
+    while run.workers.num_ahead < config.rollout.max_staleness:
+        rollouts_before = 1 + run.workers.num_ahead
+        step = progress.iteration - phase.start + rollouts_before * config.steps_per_rollout
+        if step >= config.train_iters:
+            return
+        run.workers.start(
+            run.rewritten_prompts if run.rewrites is not None else run.train_prompts,
+            run.order,
+            _recipe(config, step),
+            config.rollout_rules,
+            rollout_id=progress.rollout_id + rollouts_before,
+        )
 
 
 def _recipe(config: RunConfig, step: int) -> GroupRecipe:
@@ -140,7 +159,7 @@ def _recipe(config: RunConfig, step: int) -> GroupRecipe:
     return GroupRecipe(
         **config.group_sizes._asdict(),
         sampling=config.sampling,
-        needs_advantages="advantages" in required_inputs(config.loss_function),
+        needs_advantages=config.needs_advantages,
         advantage_normalization=rollout.advantage_normalization,
         advantage_ddof=rollout.advantage_ddof,
         compare_own_source=config.compares_own_source,
@@ -302,11 +321,12 @@ def _save(
         "phase": phase.index,
         "batch_sums": None if sums is None else {name: value.tolist() for name, value in sums.items()},
         "order": run.order.state_dict(),
+        "rollouts": run.workers.state_dict(),
         "rewrites": None if run.rewrites is None else run.rewrites.state_dict(),
         "evaluations": evaluations,
         "layout": layout(),
     }
-    with run.timings.measure("save"):
+    with run.timings.measure("save"), run.workers.at_rest():
         folder = save_checkpoint(
             config.checkpoint_dir,
             progress.iteration,
@@ -316,6 +336,7 @@ def _save(
             run_state,
             keep_last=config.output.keep_last,
         )
+    run.workers.compact(oldest_checkpoint(config.checkpoint_dir))
     run.console.info(f"saved {folder}")
 
 

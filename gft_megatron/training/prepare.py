@@ -13,7 +13,7 @@ from gft_megatron.losses import required_inputs
 from gft_megatron.losses.reduce import response_weights
 from gft_megatron.losses.terms import KlEstimator, kl_penalty
 from gft_megatron.observe.metrics import Timings
-from gft_megatron.rollout.collect import GroupRecipe, recipe_advantages
+from gft_megatron.rollout.recipe import GroupRecipe, recipe_advantages
 from gft_megatron.training.excess import with_excess_groups
 from gft_megatron.training.micro_batches import pack_for_this_replica, split_over_steps
 from gft_megatron.training.passes import Chunks, Report, sum_over_replicas

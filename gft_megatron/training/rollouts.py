@@ -1,10 +1,19 @@
-"""One rollout on all ranks: draw prompts, collect groups where there is an engine, gather them everywhere."""
+"""One rollout on all ranks: draw prompts, collect groups where there is an engine, gather them everywhere.
+
+Groups are collected in a background thread of the ranks that have an engine, so the next rollout may be drawn while
+this one is trained on. What all ranks have to agree on (which rows are drawn, which groups are left for later) is known
+to all of them alike.
+"""
 
 from __future__ import annotations
 
-import asyncio
+import logging
 import math
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -16,49 +25,96 @@ from torch import Tensor
 
 from gft_megatron.data.order import PromptOrder
 from gft_megatron.data.store import PromptStore
-from gft_megatron.groups import Batch, Group, Source
+from gft_megatron.groups import Batch, Group, GroupKey, Source
 from gft_megatron.rewriting import Place, RewrittenPrompts
-from gft_megatron.rollout.collect import CollectCounts, Collector, GroupRecipe
+from gft_megatron.rollout.background import BackgroundLoop
+from gft_megatron.rollout.collect import Collected, CollectNews, Collector, Draw, Enough
+from gft_megatron.rollout.counts import CollectCounts
 from gft_megatron.rollout.engine import Completion, FinishReason, SamplingParams
 from gft_megatron.rollout.figures import evaluation_figures, evaluation_sums
+from gft_megatron.rollout.recipe import GroupRecipe, RolloutRules
 from gft_megatron.training.exchange import gather_batch, max_over_ranks, sum_over_ranks
 from gft_megatron.training.parallel import is_replica_leader
 
-_FRUITLESS_ROUNDS = 10
+_LONGEST_STALENESS = 100
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """The groups of one rollout, equal on every rank but for `own_groups`."""
+    """The groups of one rollout, equal on every rank but for its own."""
 
     trained: Batch
     """What the optimizer steps divide between them."""
     collected: Batch
     """All of it, groups without variance included."""
+    staleness: Tensor
+    """[n] of `collected`: rollouts trained since a sample's oldest token was drawn."""
     counts: CollectCounts
     own_groups: list[Group]
     """What this rank collected itself: for showing samples."""
+    own_keys: list[GroupKey]
+
+
+@dataclass(frozen=True)
+class _Round:
+    """Draws that were handed out, and what this rank will have of them."""
+
+    rollout_id: int
+    draws: tuple[Draw, ...]
+    """Of all ranks."""
+    mine: Future[Collected] | None
+    """None where there is no engine."""
+
+
+@dataclass(frozen=True, order=True)
+class _Left:
+    """A draw that was begun by a collector and left for a later rollout."""
+
+    key: GroupKey
+    row: int
+    owner: int
+    """Which of the collectors; it may hold a part of the group."""
 
 
 class RolloutWorkers:
     """The collectors of all ranks. Every method is a collective over the world."""
 
-    def __init__(self, collector: Collector | None, scope: str) -> None:
+    def __init__(
+        self,
+        collector: Collector | None,
+        scope: str,
+        *,
+        loop: BackgroundLoop | None = None,
+        watch: Callable[[CollectNews], None] | None = None,
+    ) -> None:
         """
         Args:
             collector: of this rank; None where it has no engine.
             scope: `RolloutEngine.scope`: on which ranks the engines are.
+            loop: where the collector's engine lives; its owner is this object from now on.
+            watch: told a few times a second where the collection is that this rank waits for.
         """
         self._collector = collector
-        self._engine = None if collector is None else collector.engine
+        self._engine = None if collector is None else collector.maker.engine
+        self._loop = loop or BackgroundLoop()
+        self._watch = watch
         self._version = -1
-        # Not asyncio.Runner: restoring SIGINT's handler after each call makes it print the call's whole result.
-        self._loop = asyncio.new_event_loop()
+        self._trained_versions: list[int] = []
+        self._ahead: deque[_Round] = deque()
+        self._planned: deque[tuple[int, tuple[tuple[GroupKey, int], ...]]] = deque()
+        """Rollouts that a run before this one had begun, with their draws."""
+        self._left: list[_Left] = []
         if scope == "rank":
             self._index, self._size = dist.get_rank(), dist.get_world_size()
         else:
             self._size = parallel_state.get_data_parallel_world_size()
             self._index = parallel_state.get_data_parallel_rank() if is_replica_leader() else -1
+
+    @property
+    def num_ahead(self) -> int:
+        """Rollouts that are being collected before their turn."""
+        return len(self._ahead)
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Hand the weights to every engine. Gathering them takes all ranks, with an engine or without."""
@@ -69,77 +125,121 @@ class RolloutWorkers:
             for _ in named_tensors:
                 pass
         else:
-            self._loop.run_until_complete(self._engine.update_weights(named_tensors, version))
+            self._loop.run(self._engine.update_weights(named_tensors, version))
+
+    def start(
+        self,
+        prompts: PromptStore | RewrittenPrompts,
+        order: PromptOrder,
+        recipe: GroupRecipe,
+        rules: RolloutRules,
+        *,
+        rollout_id: int,
+    ) -> None:
+        """Begin to collect a rollout. `collect` with the same number waits for it; the order of calls is theirs."""
+        self._ahead.append(self._first_round(prompts, order, recipe, rules, rollout_id))
 
     def collect(
         self,
-        store: PromptStore | RewrittenPrompts,
+        prompts: PromptStore | RewrittenPrompts,
         order: PromptOrder,
         recipe: GroupRecipe,
+        rules: RolloutRules,
         *,
-        num_groups: int,
-        skip_zero_variance: bool,
-        mask_truncated: bool,
-        refill: bool,
         rollout_id: int,
+        version: int,
     ) -> Rollout:
-        """Draw `num_groups` prompts and make their groups.
+        """The groups of a rollout, begun by `start` or now.
 
         Args:
-            skip_zero_variance: leave out groups whose advantages are all 0.
-            mask_truncated: leave out own samples that did not end; their rewards still count in their groups.
-            refill: draw more prompts until `num_groups` groups are left.
+            version: of the weights that will be trained on it.
 
         Raises:
-            ValueError: round after round no group was left to train on.
+            ValueError: of all the prompts that may be drawn, no group was left to train on.
         """
         collected = Batch.from_groups([], [])
         counts = CollectCounts()
         own_groups: list[Group] = []
-        drawn = most_kept = fruitless = 0
-        while fruitless < _FRUITLESS_ROUNDS:
-            trained = trained_part(collected, skip_zero_variance=skip_zero_variance, mask_truncated=mask_truncated)
-            kept = trained.num_groups
-            if kept >= (num_groups if refill else 1):
-                return Rollout(trained, collected, counts, own_groups)
-            fruitless = 0 if kept > most_kept else fruitless + 1
-            most_kept = kept
-            rows = order.take(num_groups - kept if refill else num_groups)
-            groups, batch, round_counts = self._collect_share(
-                store, rows, recipe, first_id=drawn, rollout_id=rollout_id
-            )
-            drawn += len(rows)
+        own_keys: list[GroupKey] = []
+        known = [v for v in self._trained_versions if v < version]
+        self._trained_versions = [*known[-_LONGEST_STALENESS:], version]
+        if self._ahead and self._ahead[0].rollout_id == rollout_id:
+            round_ = self._ahead.popleft()
+        else:
+            round_ = self._first_round(prompts, order, recipe, rules, rollout_id)
+        drawn = 0
+        while True:
+            groups, keys, batch, round_counts = self._finish(round_, rules)
+            drawn += len(round_.draws)
             collected = Batch.cat([collected, batch])
             counts.add(round_counts)
             own_groups += groups
-        raise ValueError(
-            f"{drawn} prompts gave {kept} groups to train on: {collected.num_groups - kept} had equal rewards, "
-            f"{counts.dropped_groups} lost their samples ({counts.failed_samples} failed to generate, "
-            f"{counts.reward_errors} to score). Check --rm-type against the data, or start from a model that "
-            f"solves some of the prompts"
-        )
-
-    def _collect_share(
-        self,
-        store: PromptStore | RewrittenPrompts,
-        rows: list[int],
-        recipe: GroupRecipe,
-        *,
-        first_id: int,
-        rollout_id: int,
-    ) -> tuple[list[Group], Batch, CollectCounts]:
-        groups: list[Group] = []
-        mine = Batch.from_groups([], [])
-        counts = CollectCounts()
-        if self._collector is not None:
-            share = range(self._index, len(rows), self._size)
-            prompts = [store[rows[i]] for i in share]
-            groups, mine, counts = self._loop.run_until_complete(
-                self._collector.collect(prompts, [first_id + i for i in share], recipe, rollout_id=rollout_id)
+            own_keys += keys
+            trained = trained_part(
+                collected, skip_zero_variance=rules.skip_zero_variance, mask_truncated=rules.mask_truncated
             )
-        *sums, generate_sec, reward_sec = astuple(counts)
-        total = CollectCounts(*map(int, sum_over_ranks(sums)), *max_over_ranks([generate_sec, reward_sec]))
-        return groups, gather_batch(mine), total
+            kept = trained.num_groups
+            if kept >= (rules.num_groups if rules.refill else 1):
+                break
+            wanted = rules.num_groups - kept if rules.refill else rules.num_groups
+            if (wanted := min(wanted, rules.most_draws - drawn)) <= 0:
+                break
+            fresh = [(GroupKey(rollout_id, drawn + number), row) for number, row in enumerate(order.take(wanted))]
+            round_ = self._begin(prompts, recipe, rules, rollout_id, fresh, first_id=drawn)
+        if not kept:
+            raise ValueError(
+                f"{drawn} prompts gave no group to train on: {collected.num_groups} had equal rewards, "
+                f"{counts.dropped_groups} lost a sample ({counts.failed_samples} failed to generate, "
+                f"{counts.reward_errors} to score), {counts.stale_groups} were too old. Check --rm-type against the "
+                f"data, or start from a model that solves some of the prompts"
+            )
+        if rules.refill and kept < rules.num_groups:
+            _logger.warning("%d prompts gave %d groups of the %d that were wanted", drawn, kept, rules.num_groups)
+        staleness = self._staleness(collected)
+        return Rollout(trained, collected, staleness, counts, own_groups, own_keys)
+
+    def mark_trained(self, rollout: Rollout, iteration: int) -> None:
+        """Write down that the groups of a rollout were trained on, the last time in this step."""
+        if self._collector is not None and self._collector.bank is not None:
+            self._collector.bank.mark_consumed(rollout.own_keys, iteration)
+
+    def compact(self, oldest_checkpoint: int) -> None:
+        """Forget groups that no checkpoint could ask for again."""
+        if self._collector is not None and self._collector.bank is not None:
+            self._collector.bank.compact(oldest_checkpoint)
+
+    def at_rest(self) -> AbstractContextManager[None]:
+        """Nothing is collected meanwhile. A checkpoint's writer forks, and a lock that another thread holds at that
+        moment would be held in the child for ever."""
+        return self._loop.at_rest()
+
+    def discard_ahead(self) -> None:
+        """Stop what is being collected before its turn, and forget it: its phase, or the run, is over."""
+        for round_ in self._ahead:
+            if round_.mine is not None:
+                round_.mine.cancel()
+        self._ahead.clear()
+        self._planned.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been drawn of the order and not been trained on."""
+        ahead = [
+            [round_.rollout_id, [[draw.key.rollout_id, draw.key.group_id, draw.row] for draw in round_.draws]]
+            for round_ in self._ahead
+        ]
+        left = [[left.key.rollout_id, left.key.group_id, left.row] for left in self._left]
+        return {"ahead": ahead, "left": left, "trained_versions": self._trained_versions}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._planned = deque(
+            (rollout_id, tuple((GroupKey(first, number), row) for first, number, row in draws))
+            for rollout_id, draws in state["ahead"]
+        )
+        # Nobody holds a part of these any more.
+        self._left = [
+            _Left(GroupKey(first, number), row, i % self._size) for i, (first, number, row) in enumerate(state["left"])
+        ]
+        self._trained_versions = state["trained_versions"]
 
     def rewrite(
         self, store: PromptStore, places: list[Place], sampling: SamplingParams, *, name: str
@@ -148,7 +248,7 @@ class RolloutWorkers:
         mine: list[tuple[int, np.ndarray | None]] = []
         if self._collector is not None:
             share = range(self._index, len(places), self._size)
-            completions = self._loop.run_until_complete(
+            completions = self._loop.run(
                 self._collector.draw(
                     [store[places[i][0]] for i in share],
                     sampling,
@@ -168,16 +268,111 @@ class RolloutWorkers:
         sums = evaluation_sums([])
         if self._collector is not None:
             prompts = [store[i] for i in range(self._index, len(store), self._size)]
-            samples = self._loop.run_until_complete(self._collector.sample(prompts, num_samples, sampling, name=name))
+            samples = self._loop.run(self._collector.sample(prompts, num_samples, sampling, name=name))
             sums = evaluation_sums(samples)
         return evaluation_figures(sum_over_ranks(sums), num_samples)
 
     def close(self) -> None:
+        self.discard_ahead()
         if self._engine is not None:
-            self._loop.run_until_complete(self._engine.close())
+            self._loop.run(self._engine.close())
         if self._collector is not None:
-            self._loop.run_until_complete(self._collector.reward.close())
+            self._loop.run(self._collector.maker.reward.close())
+            if self._collector.bank is not None:
+                self._collector.bank.close()
         self._loop.close()
+
+    def _first_round(
+        self,
+        prompts: PromptStore | RewrittenPrompts,
+        order: PromptOrder,
+        recipe: GroupRecipe,
+        rules: RolloutRules,
+        rollout_id: int,
+    ) -> _Round:
+        """With what earlier rollouts left, before anything new."""
+        if self._planned and self._planned[0][0] == rollout_id:
+            _, draws = self._planned.popleft()
+            return self._begin(prompts, recipe, rules, rollout_id, draws, first_id=0)
+        left = [(left.key, left.row) for left in self._left]
+        rows = order.take(max(0, rules.num_draws - len(left)))
+        fresh = [(GroupKey(rollout_id, number), row) for number, row in enumerate(rows)]
+        return self._begin(prompts, recipe, rules, rollout_id, [*left, *fresh], first_id=0)
+
+    def _begin(
+        self,
+        prompts: PromptStore | RewrittenPrompts,
+        recipe: GroupRecipe,
+        rules: RolloutRules,
+        rollout_id: int,
+        named_rows: Sequence[tuple[GroupKey, int]],
+        *,
+        first_id: int,
+    ) -> _Round:
+        draws = tuple(Draw(key, first_id + i, row) for i, (key, row) in enumerate(named_rows))
+        owners = {left.key: left.owner for left in self._left}
+        self._left = []
+        mine = None
+        if self._collector is not None:
+            share = [draw for i, draw in enumerate(draws) if owners.get(draw.key, i % self._size) == self._index]
+            enough = None
+            if rules.is_over_sampling:
+                enough = Enough(
+                    (rules.num_groups + self._size - 1 - self._index) // self._size, rules.skip_zero_variance
+                )
+            mine = self._loop.submit(
+                self._collector.collect(prompts, share, recipe, enough=enough, keep_partial=rules.keep_partial)
+            )
+        return _Round(rollout_id, draws, mine)
+
+    def _finish(self, round_: _Round, rules: RolloutRules) -> tuple[list[Group], list[GroupKey], Batch, CollectCounts]:
+        groups: list[Group] = []
+        keys: list[GroupKey] = []
+        batch = Batch.from_groups([], [])
+        counts = CollectCounts()
+        left: list[_Left] = []
+        if round_.mine is not None:
+            mine = self._loop.wait(round_.mine, self._tell)
+            groups, keys, batch, counts = mine.groups, mine.keys, mine.batch, mine.counts
+            left = [_Left(draw.key, draw.row, self._index) for draw in mine.left]
+            groups, keys, batch = self._without_stale(groups, keys, batch, counts, rules)
+        *sums, generate_sec, reward_sec = astuple(counts)
+        total = CollectCounts(*map(int, sum_over_ranks(sums)), *max_over_ranks([generate_sec, reward_sec]))
+        if rules.is_over_sampling:
+            everybody: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everybody, left)
+            self._left = sorted([*self._left, *(entry for part in everybody for entry in part)])
+        return groups, keys, gather_batch(batch), total
+
+    def _without_stale(
+        self, groups: list[Group], keys: list[GroupKey], batch: Batch, counts: CollectCounts, rules: RolloutRules
+    ) -> tuple[list[Group], list[GroupKey], Batch]:
+        stale = self._staleness(batch) > rules.max_staleness  # [n]
+        ids = batch.group_ids.unique_consecutive()
+        kept = ~torch.isin(ids, batch.group_ids[stale])  # [groups]
+        counts.stale_groups += int((~kept).sum())
+        if self._collector is not None and self._collector.bank is not None:
+            for key, is_kept in zip(keys, kept.tolist(), strict=True):
+                if not is_kept:
+                    self._collector.bank.mark_dropped(key, "stale")
+        of_kept = torch.isin(batch.group_ids, ids[kept])
+        return (
+            [group for group, is_kept in zip(groups, kept.tolist(), strict=True) if is_kept],
+            [key for key, is_kept in zip(keys, kept.tolist(), strict=True) if is_kept],
+            batch.select(of_kept.nonzero()[:, 0].tolist()),
+        )
+
+    def _staleness(self, batch: Batch) -> Tensor:  # [n] int64
+        """Rollouts trained since the oldest token of each sample was drawn; 0 for recorded responses."""
+        behind = [
+            0 if version < 0 else len(self._trained_versions) - bisect_right(self._trained_versions, version)
+            for version in batch.weight_versions.tolist()
+        ]
+        return torch.tensor(behind, dtype=torch.int64)
+
+    def _tell(self) -> None:
+        if self._watch is not None and self._collector is not None:
+            self._watch(self._collector.news)
 
 
 def trained_part(
@@ -215,6 +410,9 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "zero_std_frac": 1 - unequal.unique().numel() / max(batch.num_groups, 1),
         "groups_skipped": float(batch.num_groups - rollout.trained.num_groups),
         "groups_dropped": float(counts.dropped_groups),
+        "groups_restored": float(counts.restored_groups),
+        "groups_stale": float(counts.stale_groups),
+        "resumed_samples": float(counts.resumed_samples),
         "refilled_samples": float(counts.refilled_samples),
         "failed_samples": float(counts.failed_samples),
         "reward_errors": float(counts.reward_errors),
@@ -232,5 +430,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         if hinted := int(given - batch.prompt_lengths[own].sum()):
             metrics["hint_length_mean"] = hinted / int(own.sum())
         metrics["truncated_frac"] = float(batch.truncated[own].double().mean())
+        metrics["staleness_mean"] = float(rollout.staleness[own].double().mean())
+        metrics["staleness_max"] = float(rollout.staleness[own].max())
     metrics["reward_mean"] = float(batch.rewards.double().mean()) if batch.num_samples else math.nan
     return {f"rollout/{name}": value for name, value in metrics.items() if not math.isnan(value)}

@@ -32,6 +32,7 @@ from gft_megatron.rewards import build_reward
 from gft_megatron.rewriting import Rewrites, RewrittenPrompts
 from gft_megatron.rollout.collect import Collector
 from gft_megatron.rollout.local import LocalEngine
+from gft_megatron.rollout.samples import SampleMaker
 from gft_megatron.training.checkpoint import find_checkpoint, load_checkpoint
 from gft_megatron.training.exchange import on_rank_zero
 from gft_megatron.training.fused_linear import return_hidden_states
@@ -211,6 +212,8 @@ def _build_run(
         metrics_log=MetricsLog(run_dir / "metrics.jsonl", resume_step=step) if is_main else None,
         trackers=build_trackers(config.output.trackers, run_dir, resume_step=step) if is_main else [],
     )
+    if saved and "rollouts" in saved:  # a checkpoint from before there was anything of this kind has none
+        run.workers.load_state_dict(saved["rollouts"])
     return run, saved
 
 
@@ -364,11 +367,11 @@ def _workers(
             device=device,
             seed=config.optimizer.seed,
         )
-    collector = Collector(
+    maker = SampleMaker(
         engine=engine,
         reward=build_reward(config.rollout.rm_type),
         decode=_decoder(tokenizer),
         seed=config.optimizer.seed,
         max_concurrent_samples=config.rollout.max_concurrent_samples,
     )
-    return RolloutWorkers(collector, LocalEngine.scope)
+    return RolloutWorkers(Collector(maker), LocalEngine.scope)

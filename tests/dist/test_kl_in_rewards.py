@@ -36,7 +36,7 @@ def shape_on_rank(rank, world_size, policy, reference_path, out):
 
     from gft_megatron.command_line import parse_args
     from gft_megatron.convert.hf_folder import HfFolder
-    from gft_megatron.rollout.collect import GroupRecipe
+    from gft_megatron.rollout.recipe import GroupRecipe
     from gft_megatron.training import model as models
     from gft_megatron.training.parallel import lay_out, seed_ranks
     from gft_megatron.training.prepare import with_kl_in_rewards

@@ -1,7 +1,7 @@
 """Every rank gets the same groups in the same order, whichever ranks collected them."""
 
-import asyncio
 import json
+from dataclasses import replace
 
 import torch
 from ranks import run_on_ranks
@@ -13,8 +13,10 @@ from gft_megatron.data.order import PromptOrder
 from gft_megatron.data.prompts import prepare_prompts
 from gft_megatron.data.store import PromptStore
 from gft_megatron.rewards import build_reward
-from gft_megatron.rollout.collect import Collector, GroupRecipe
+from gft_megatron.rollout.collect import Collector
 from gft_megatron.rollout.engine import SamplingParams
+from gft_megatron.rollout.recipe import GroupRecipe, RolloutRules
+from gft_megatron.rollout.samples import SampleMaker
 
 NUM_ROWS = 23
 
@@ -50,6 +52,7 @@ def make_store(path):
 
 class NoEngine:
     weight_version = -1
+    is_reproducible = True
 
     async def update_weights(self, named_tensors, version):
         assert [name for name, _ in named_tensors] == ["a", "b"]
@@ -77,20 +80,22 @@ def collect_on_rank(rank, world_size, scope, store_path, out):
     lay_out(ParallelConfig(tensor_model_parallel_size=2))
     has_engine = scope == "rank" or is_replica_leader()
     assert has_engine == (scope == "rank" or rank == 0)
-    collector = Collector(
-        engine=NoEngine(), reward=build_reward("exact"), decode=str, seed=1, max_concurrent_samples=4
-    )
+    maker = SampleMaker(engine=NoEngine(), reward=build_reward("exact"), decode=str, seed=1, max_concurrent_samples=4)
+    collector = Collector(maker)
     workers = RolloutWorkers(collector if has_engine else None, scope)
     for version in (0, 0, 1):  # an evaluation and a rollout at the same step: the second hand-over is none
         workers.update_weights(gathered_tensors(), version)
-        assert collector.engine.weight_version == (version if has_engine else -1)
+        assert maker.engine.weight_version == (version if has_engine else -1)
     recipe = GroupRecipe(
         n_expert=1, n_teacher=1, n_self=0, sampling=SamplingParams(max_new_tokens=1), needs_advantages=True
     )
     order = PromptOrder(NUM_ROWS, seed=2)
-    arguments = {"num_groups": 9, "rollout_id": 0}
-    plain = workers.collect(PromptStore(store_path), order, recipe, skip_zero_variance=True, mask_truncated=False, refill=False, **arguments)
-    refilled = workers.collect(PromptStore(store_path), order, recipe, skip_zero_variance=True, mask_truncated=False, refill=True, **arguments)
+    rules = RolloutRules(
+        num_groups=9, num_draws=9, skip_zero_variance=True, mask_truncated=False, refill=False, most_draws=90
+    )
+    plain = workers.collect(PromptStore(store_path), order, recipe, rules, rollout_id=0, version=0)
+    rules = replace(rules, refill=True)
+    refilled = workers.collect(PromptStore(store_path), order, recipe, rules, rollout_id=0, version=0)
     assert plain.collected.num_groups == 9 and 0 < plain.trained.num_groups < 9
     assert refilled.trained.num_groups == 9 and refilled.collected.num_groups > 9
     assert order.position == 9 + refilled.collected.num_groups
@@ -102,7 +107,6 @@ def collect_on_rank(rank, world_size, scope, store_path, out):
     }
     torch.save(fields, out / f"{scope}{rank}.pt")
     workers.close()
-    asyncio.set_event_loop(None)
 
 
 def test_all_ranks_get_the_same_groups(tmp_path):

@@ -9,20 +9,25 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
-from gft_megatron.groups import Prompt, RecordedResponse, Source, WeightSpan
+from gft_megatron.groups import GroupKey, Prompt, RecordedResponse, Source, WeightSpan
 from gft_megatron.rewards import Reward, RewardError
-from gft_megatron.rollout.collect import CollectCounts, Collector, GroupRecipe
+from gft_megatron.rollout.collect import Collector, Draw, Enough
+from gft_megatron.rollout.counts import CollectCounts
 from gft_megatron.rollout.engine import (
     Completion,
     EngineFailed,
     FinishReason,
+    Partial,
     RequestAborted,
     RequestRefused,
     RolloutEngine,
     SamplingParams,
 )
 from gft_megatron.rollout.hints import Hints
+from gft_megatron.rollout.recipe import GroupRecipe
+from gft_megatron.rollout.samples import SampleMaker
 from gft_megatron.training.rollouts import Rollout, rollout_metrics
 
 EOS = 1
@@ -32,6 +37,7 @@ class ScriptedEngine(RolloutEngine):
     """Draws [2, 3, EOS]; `failures[i]` is raised by the i-th request instead."""
 
     scope = "rank"
+    is_reproducible = True
     weight_version = 7
 
     def __init__(self, failures=None, truncate=False):
@@ -83,20 +89,30 @@ def prompt_with(*responses):
     return Prompt(row=3, token_ids=np.array([8, 9]), label="x", responses=recorded)
 
 
-def collect(prompts, *, engine=None, scores=None, collector=None, rollout_id=0, ids=None, max_new_tokens=3, **recipe):
-    recipe = {"n_expert": 0, "n_teacher": 0, "n_self": 0, "needs_advantages": True, **recipe}
-    if collector is None:
-        scores = {"2 3": 0.0, "expert": 1.0, "good": 1.0, "bad": 0.0} if scores is None else scores
-        collector = Collector(
+def make_collector(engine=None, reward=None, *, seed=5, max_concurrent_samples=4):
+    return Collector(
+        SampleMaker(
             engine=engine or ScriptedEngine(),
-            reward=ScriptedReward(scores),
+            reward=reward or ScriptedReward({"2 3": 0.0, "expert": 1.0, "good": 1.0, "bad": 0.0}),
             decode=lambda ids: " ".join(map(str, ids)),
-            seed=5,
-            max_concurrent_samples=4,
+            seed=seed,
+            max_concurrent_samples=max_concurrent_samples,
         )
-    full = GroupRecipe(sampling=SamplingParams(max_new_tokens=max_new_tokens), **recipe)
+    )
+
+
+def make_recipe(*, max_new_tokens=3, **recipe):
+    recipe = {"n_expert": 0, "n_teacher": 0, "n_self": 0, "needs_advantages": True, **recipe}
+    return GroupRecipe(sampling=SamplingParams(max_new_tokens=max_new_tokens), **recipe)
+
+
+def collect(prompts, *, engine=None, scores=None, collector=None, rollout_id=0, ids=None, **recipe):
+    if collector is None:
+        collector = make_collector(engine, None if scores is None else ScriptedReward(scores))
     ids = list(range(len(prompts))) if ids is None else ids
-    return asyncio.run(collector.collect(prompts, ids, full, rollout_id=rollout_id))
+    draws = [Draw(GroupKey(rollout_id, group_id), group_id, row) for row, group_id in enumerate(ids)]
+    collected = asyncio.run(collector.collect(prompts, draws, make_recipe(**recipe)))
+    return collected.groups, collected.batch, collected.counts
 
 
 def test_mixed_group_becomes_a_batch():
@@ -136,52 +152,165 @@ def test_more_recorded_responses_than_asked_are_drawn_anew_each_rollout():
     assert chosen == again
 
 
-@pytest.mark.parametrize("failure", [EngineFailed, RequestAborted])
-def test_a_failed_request_is_tried_again_under_another_id(failure):
-    engine = ScriptedEngine({0: failure, 2: failure})
-    (group,), _, counts = collect([prompt_with(("expert", Source.EXPERT))], engine=engine, n_expert=1, n_self=1)
-    # Request 0 fails; its second try is request 1.
-    assert len(group.samples) == 2 and counts.failed_samples == 0
+@pytest.mark.parametrize("failure", [EngineFailed, RequestAborted, RequestRefused])
+def test_a_group_is_complete_or_absent(failure):
+    engine = ScriptedEngine({1: failure})
+    prompt = prompt_with(("expert", Source.EXPERT), ("bad", Source.TEACHER))
+    (group,), batch, counts = collect([prompt] * 2, engine=engine, n_expert=1, n_teacher=1, n_self=2)
+    # Request 1 is the second sample of the first group: its three other responses go with it.
+    assert len(group.samples) == 4 and batch.group_ids.tolist() == [1] * 4
+    assert (counts.failed_samples, counts.dropped_groups) == (1, 1)
     ids = [request.request_id for request in engine.requests]
-    assert len(set(ids)) == 2 and {len(i) for i in ids} == {32}
-
-
-def test_a_request_that_keeps_failing_is_left_out_and_counted():
-    engine = ScriptedEngine({i: EngineFailed for i in range(3)})
-    (group,), batch, counts = collect([prompt_with(("expert", Source.EXPERT), ("bad", Source.TEACHER))], engine=engine,
-                                      n_expert=1, n_teacher=1, n_self=1)  # fmt: skip
-    assert [sample.source for sample in group.samples] == [0, 1]
-    assert counts.failed_samples == 1 and len(engine.requests) == 3
-    assert batch.rewards.tolist() == [1, 0], "a failure must not become a reward of 0"
-
-
-def test_a_refused_request_is_not_tried_again():
-    engine = ScriptedEngine({0: RequestRefused})
-    _, _, counts = collect([prompt_with(("expert", Source.EXPERT), ("bad", Source.TEACHER))], engine=engine,
-                           n_expert=1, n_teacher=1, n_self=1)  # fmt: skip
-    assert counts.failed_samples == 1 and len(engine.requests) == 1
+    assert len(set(ids)) == len(ids) and {len(i) for i in ids} == {32}
 
 
 def test_a_failed_score_is_no_reward_of_zero():
-    prompt = prompt_with(("expert", Source.EXPERT), ("hangs", Source.TEACHER), ("bad", Source.TEACHER))
-    (group,), batch, counts = collect([prompt], n_expert=1, n_teacher=2)
-    assert [sample.text for sample in group.samples] == ["expert", "bad"]
-    assert counts.reward_errors == 1
-    # The advantages are those of the two that were scored.
+    fails = prompt_with(("expert", Source.EXPERT), ("hangs", Source.TEACHER), ("bad", Source.TEACHER))
+    scored = prompt_with(("good", Source.EXPERT), ("bad", Source.TEACHER))
+    (group,), batch, counts = collect([fails, scored], n_expert=1, n_teacher=2)
+    assert [sample.text for sample in group.samples] == ["good", "bad"] and batch.group_ids.tolist() == [1, 1]
+    assert (counts.reward_errors, counts.dropped_groups) == (1, 1)
     np.testing.assert_allclose(batch.advantages.numpy(), [math.sqrt(0.5), -math.sqrt(0.5)], rtol=1e-5)
 
 
-def test_a_group_that_lost_all_but_one_response_is_dropped():
-    prompt = prompt_with(("expert", Source.EXPERT), ("hangs", Source.TEACHER))
-    groups, batch, counts = collect([prompt, prompt_with(("good", Source.EXPERT), ("bad", Source.TEACHER))],
-                                    n_expert=1, n_teacher=1)  # fmt: skip
-    assert len(groups) == 1 and counts.dropped_groups == 1
-    assert batch.group_ids.tolist() == [1, 1]
+def test_a_failure_that_ends_the_run_is_told_as_it_is():
+    class Lost(Exception):
+        def __init__(self, request_id, message):
+            super().__init__(message)
+
+    engine = ScriptedEngine({5: Lost})
+    with pytest.raises(Lost, match="as told"):
+        collect([prompt_with()] * 8, engine=engine, n_self=2)
+
+
+class HeldEngine(ScriptedEngine):
+    """Answers when it is told to; counts what it holds."""
+
+    is_reproducible = False
+
+    def __init__(self, drawn_when_aborted=()):
+        super().__init__()
+        self.drawn = drawn_when_aborted
+        self.held = {}
+        self.most_held = 0
+
+    async def generate(self, request):
+        self.requests.append(request)
+        self.held[request.request_id] = answer = asyncio.get_running_loop().create_future()
+        self.most_held = max(self.most_held, len(self.held))
+        try:
+            tokens = await answer
+        finally:
+            del self.held[request.request_id]
+        log_probs = -np.arange(1, len(tokens) + 1, dtype=np.float32)
+        return Completion(
+            request.request_id, np.array(tokens), log_probs, FinishReason.STOP, (WeightSpan(7, 0, len(tokens)),)
+        )
+
+    def answer(self, number, tokens):
+        self.held[self.requests[number].request_id].set_result(tokens)
+
+    async def abort(self, request_ids=None):
+        drawn = np.array(self.drawn, np.int64)
+        for request_id in request_ids:
+            partial = Partial(drawn, -np.ones(len(drawn), np.float32), (WeightSpan(6, 0, len(drawn)),))
+            self.held[request_id].set_exception(RequestAborted(request_id, "aborted", partial))
+
+
+async def turns(number=20):
+    for _ in range(number):
+        await asyncio.sleep(0)
+
+
+ANY_REWARD = type("Any", (dict,), {"__contains__": lambda self, key: True, "__missing__": lambda self, key: len(key)})()
+
+
+def draws_of(number, rollout_id=0):
+    return [Draw(GroupKey(rollout_id, i), i, i) for i in range(number)]
+
+
+def test_enough_groups_stop_the_rest_and_the_rest_goes_on_later():
+    async def scenario():
+        engine = HeldEngine(drawn_when_aborted=[4, 4])
+        collector = make_collector(engine, ScriptedReward(ANY_REWARD), max_concurrent_samples=8)
+        prompts = [prompt_with() for _ in range(5)]
+        first = asyncio.create_task(
+            collector.collect(prompts, draws_of(5), make_recipe(n_self=2, max_new_tokens=9),
+                              enough=Enough(1, skip_zero_variance=True), keep_partial=True)
+        )  # fmt: skip
+        await turns()
+        assert len(engine.requests) == 8, "four groups of two; the fifth waits"
+        engine.answer(0, [2, EOS]), engine.answer(1, [2, EOS])  # equal rewards: complete, and not what is wanted
+        engine.answer(2, [2, EOS]), engine.answer(3, [2, 2, EOS])
+        engine.answer(4, [3, EOS])  # one of the third group's two is done
+        await turns()
+        done = await first
+        assert [group.prompt is prompts[i] for i, group in enumerate(done.groups)] == [True, True]
+        assert [draw.row for draw in done.left] == [2, 3, 4] and not engine.held
+        assert done.counts.dropped_groups == done.counts.failed_samples == 0
+
+        later = asyncio.create_task(collector.collect(prompts, done.left[:2], make_recipe(n_self=2, max_new_tokens=9)))
+        await turns()
+        resumed = engine.requests[-3:]
+        assert [request.prompt_ids for request in resumed] == [(8, 9, 4, 4)] * 3, "one of four was already whole"
+        assert {request.sampling.max_new_tokens for request in resumed} == {7}
+        for i in range(3):
+            engine.answer(len(engine.requests) - 3 + i, [5, EOS])
+        done = await later
+        assert [sample.token_ids.tolist() for group in done.groups for sample in group.samples] == [
+            [3, EOS], [4, 4, 5, EOS], [4, 4, 5, EOS], [4, 4, 5, EOS],
+        ]  # fmt: skip
+        whole = done.groups[1].samples[0]
+        assert whole.rollout_log_probs.tolist() == [-1, -1, -1, -2]
+        assert whole.weight_spans == (WeightSpan(6, 0, 2), WeightSpan(7, 2, 4))
+        assert done.counts.resumed_samples == 3
+        ids = [request.request_id for request in engine.requests]
+        assert len(set(ids)) == len(ids), "a resumed request has a name of its own"
+
+    asyncio.run(scenario())
+
+
+def test_only_so_many_requests_are_with_the_engine_and_the_queue_is_numbers():
+    async def scenario():
+        engine = HeldEngine()
+        collector = make_collector(engine, ScriptedReward(ANY_REWARD), max_concurrent_samples=6)
+        asked = []
+
+        class Rows:
+            def __getitem__(self, row):
+                asked.append(row)
+                return prompt_with()
+
+        collecting = asyncio.create_task(collector.collect(Rows(), draws_of(100), make_recipe(n_self=3)))
+        await turns()
+        assert len(engine.held) == 6 and len(asked) == 6
+        while not collecting.done():
+            for request_id in list(engine.held):
+                engine.held[request_id].set_result([2, EOS])
+            await turns()
+        assert engine.most_held == 6 and len((await collecting).groups) == 100 and len(asked) == 100
+
+    asyncio.run(scenario())
+
+
+def test_cancelling_a_collection_cancels_its_requests():
+    async def scenario():
+        engine = HeldEngine()
+        collector = make_collector(engine)
+        collecting = asyncio.create_task(collector.collect([prompt_with()] * 4, draws_of(4), make_recipe(n_self=2)))
+        await turns()
+        assert engine.held
+        collecting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await collecting
+        assert not engine.held and len(asyncio.all_tasks()) == 1
+
+    asyncio.run(scenario())
 
 
 def test_supervised_groups_need_neither_rewards_nor_an_engine():
     reward = ScriptedReward({})
-    collector = Collector(engine=None, reward=reward, decode=str, seed=0, max_concurrent_samples=1)
+    collector = Collector(SampleMaker(None, reward, str, 0, 1))
     prompt = prompt_with(("expert", Source.EXPERT))
     (group,), batch, counts = collect([prompt], collector=collector, n_expert=1, n_teacher=1, needs_advantages=False)
     assert len(group.samples) == 1 and batch.advantages.tolist() == [1.0] and batch.rewards.isnan().all()
@@ -191,7 +320,7 @@ def test_supervised_groups_need_neither_rewards_nor_an_engine():
 def test_recorded_responses_are_scored_once():
     prompt = prompt_with(("expert", Source.EXPERT), ("bad", Source.TEACHER))
     reward = ScriptedReward({"expert": 1.0, "bad": 0.0})
-    collector = Collector(engine=ScriptedEngine(), reward=reward, decode=str, seed=0, max_concurrent_samples=1)
+    collector = make_collector(reward=reward)
     for rollout_id in range(3):
         collect([prompt], collector=collector, n_expert=1, n_teacher=1, rollout_id=rollout_id)
     assert reward.asked == {"expert": 1, "bad": 1}
@@ -199,7 +328,7 @@ def test_recorded_responses_are_scored_once():
 
 def test_a_rewritten_response_has_a_reward_of_its_own():
     reward = ScriptedReward({"e": 1.0, "new": 0.0})
-    collector = Collector(engine=ScriptedEngine(), reward=reward, decode=str, seed=0, max_concurrent_samples=1)
+    collector = make_collector(reward=reward)
     rewards = []
     for text in ("e", "new", "new", "e"):
         _, batch, _ = collect([prompt_with((text, Source.EXPERT))], collector=collector, n_expert=1)
@@ -219,12 +348,13 @@ def test_truncated_samples_are_marked_and_keep_their_last_token():
 
 def test_samples_for_an_evaluation():
     engine = ScriptedEngine({1: RequestRefused})
-    collector = Collector(
-        engine=engine, reward=ScriptedReward({"2 3": 0.5}), decode=lambda ids: " ".join(map(str, ids)), seed=0,
-        max_concurrent_samples=8,
-    )  # fmt: skip
+    collector = make_collector(engine, ScriptedReward({"2 3": 0.5}))
     drawn = asyncio.run(collector.sample([prompt_with()] * 2, 3, SamplingParams(max_new_tokens=3), name="eval/0"))
     assert [[sample.reward for sample in samples] for samples in drawn] == [[0.5, 0.5], [0.5, 0.5, 0.5]]
+
+
+def whole_rollout(batch):
+    return Rollout(batch, batch, torch.zeros(batch.num_samples, dtype=torch.int64), CollectCounts(), [], [])
 
 
 EXPERT = [11, 12, 13, 14, 15, 16, 17, EOS]
@@ -259,7 +389,7 @@ def test_a_hint_is_a_part_of_the_response_that_nobody_drew():
     assert batch.lengths.tolist() == [2 + length + 3 for length in lengths] and set(batch.prompt_lengths.tolist()) == {
         2
     }
-    metrics = rollout_metrics(Rollout(batch, batch, CollectCounts(), []))
+    metrics = rollout_metrics(whole_rollout(batch))
     assert metrics["rollout/hint_length_mean"] == np.mean(lengths)
 
 
@@ -288,4 +418,4 @@ def test_no_expert_no_hint():
     teacher = prompt_with(("good", Source.TEACHER))
     engine, (group,), batch, _ = hinted([teacher], Hints(5, 1.0))
     assert {request.prompt_ids for request in engine.requests} == {(8, 9)} and batch.lengths.tolist() == [5] * 4
-    assert "rollout/hint_length_mean" not in rollout_metrics(Rollout(batch, batch, CollectCounts(), []))
+    assert "rollout/hint_length_mean" not in rollout_metrics(whole_rollout(batch))

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from gft_megatron.groups import Batch, Group, Prompt, Sample, Source
-from gft_megatron.rollout.collect import GroupRecipe, overlong_penalty, recipe_advantages
 from gft_megatron.rollout.engine import SamplingParams
+from gft_megatron.rollout.recipe import GroupRecipe, overlong_penalty, recipe_advantages
 from gft_megatron.training.rollouts import trained_part
 
 # Two groups: an expert, two teachers, two own samples; and an expert with two own ones.

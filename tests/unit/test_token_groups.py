@@ -20,11 +20,13 @@ from gft_megatron.data.packing import pack_micro_batch, packed_length
 from gft_megatron.data.prompts import PromptStore, PromptStoreInfo, prepare_prompts
 from gft_megatron.data.rows import MAX_TOKEN_GROUPS, BadRow, RowResponse
 from gft_megatron.data.token_groups import response_groups, top_share
-from gft_megatron.groups import Source
+from gft_megatron.groups import GroupKey, Source
 from gft_megatron.losses.sft_go import MAX_GROUPS
 from gft_megatron.rewards import build_reward
-from gft_megatron.rollout.collect import Collector, GroupRecipe
+from gft_megatron.rollout.collect import Collector, Draw
 from gft_megatron.rollout.engine import SamplingParams
+from gft_megatron.rollout.recipe import GroupRecipe
+from gft_megatron.rollout.samples import SampleMaker
 
 
 def test_a_loss_has_room_for_every_group_that_data_may_have():
@@ -135,12 +137,12 @@ def test_groups_reach_the_micro_batch_beside_their_labels(
     texts = ["3142", "5", "20202"]
     rows = [[expert(text, token_groups=[int(digit) for digit in text] + [9])] for text in texts]
     store = PromptStore(prepare(tmp_path, tokenizer, *rows, [expert("44")]).path)
-    collector = Collector(engine=None, reward=build_reward("exact"), decode=str, seed=0, max_concurrent_samples=1)
+    maker = SampleMaker(engine=None, reward=build_reward("exact"), decode=str, seed=0, max_concurrent_samples=1)
     recipe = GroupRecipe(
         n_expert=1, n_teacher=0, n_self=0, sampling=SamplingParams(max_new_tokens=1), needs_advantages=False
     )
-    prompts = [store[i] for i in range(len(store))]
-    _, batch, _ = asyncio.run(collector.collect(prompts, list(range(len(prompts))), recipe, rollout_id=0))
+    draws = [Draw(GroupKey(0, i), i, i) for i in range(len(store))]
+    batch = asyncio.run(Collector(maker).collect(store, draws, recipe)).batch
     indices, multiple = [2, 0, 3, 1], 2 * cp_size
     length = packed_length(batch.lengths[indices].tolist(), sequence_multiple=multiple) + multiple
     seen = []

@@ -25,6 +25,7 @@ from gft_megatron.rollout.collect import Collector
 from gft_megatron.rollout.engine import SamplingParams
 from gft_megatron.rollout.figures import evaluation_figures, evaluation_sums
 from gft_megatron.rollout.local import LocalEngine
+from gft_megatron.rollout.samples import SampleMaker
 
 _MAX_PROMPT_LENGTH, _MAX_RESPONSE_LENGTH = 26, 6
 _SEED = 0
@@ -65,13 +66,14 @@ async def _figures(
         max_batch_size=512,
         seed=_SEED,
     )
-    collector = Collector(
+    maker = SampleMaker(
         engine=engine,
         reward=build_reward("examples/countdown_reward.py:score"),
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
         seed=_SEED,
         max_concurrent_samples=100_000,
     )
+    collector = Collector(maker)
     figures: dict[str, dict[str, object]] = {}
     for folder in settings.models:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
