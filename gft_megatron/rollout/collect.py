@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from gft_megatron.groups import Batch, Group, GroupKey, Prompt, RecordedResponse, Sample, Source
 from gft_megatron.rewards import RewardError
+from gft_megatron.rollout.bank import Bank
 from gft_megatron.rollout.counts import CollectCounts
 from gft_megatron.rollout.engine import Completion, Partial, RolloutError, SamplingParams
 from gft_megatron.rollout.hints import NO_HINT, draw_hint
@@ -77,12 +78,14 @@ class Collector:
     """Makes groups of prompts. One lives on every rank that has an engine."""
 
     maker: SampleMaker
-    bank: Any = None
+    bank: Bank | None = None
     """None where no sample is drawn: recorded responses are in the data."""
     news: CollectNews = field(default_factory=CollectNews)
     """Of the newest collection."""
     _begun: dict[GroupKey, dict[int, Sample | Partial]] = field(default_factory=dict)
     """Own samples, by number, of groups that were stopped half-way."""
+    _spare: dict[GroupKey, Group] = field(default_factory=dict)
+    """Groups that were finished when there were enough already."""
     _warned: bool = False
 
     async def collect(
@@ -102,7 +105,7 @@ class Collector:
         """
         round_ = Round()
         news = self.news = CollectNews(num_draws=len(draws))
-        stored = self._stored(draws)
+        stored = self._stored(draws) | self._spare.keys()
         # No more of them can have a request with the engine; the rest of the queue is numbers only.
         most_in_flight = self.maker.max_concurrent_samples
         todo = iter(draws)
@@ -125,11 +128,14 @@ class Collector:
                 while not ended.empty():
                     done.append(ended.get_nowait())
                 finished = [(running.pop(task), _result(task)) for task in done]
-                await self._keep([(draw.key, group) for draw, group in finished if group], stored)
+                await self._keep([(draw.key, group) for draw, group in finished if group and draw.key not in stored])
                 for draw, group in finished:
                     if group is None and not round_.is_stopping:
                         news.num_dropped += 1
-                    elif group is None or (enough is not None and num_useful == enough.num_groups):
+                    elif group is None:
+                        left.append(draw)
+                    elif enough is not None and num_useful == enough.num_groups:
+                        self._spare[draw.key] = group
                         left.append(draw)
                     else:
                         made.append((draw, group))
@@ -147,7 +153,6 @@ class Collector:
         made.sort(key=lambda pair: pair[0].group_id)
         counts = round_.counts
         counts.dropped_groups = news.num_dropped
-        counts.restored_groups = sum(draw.key in stored for draw, _ in made)
         groups = [group for _, group in made]
         batch = Batch.from_groups(groups, [draw.group_id for draw, _ in made])
         advantages = recipe_advantages(recipe.shaped_rewards(batch), batch.group_ids, batch.sources, recipe)
@@ -191,23 +196,21 @@ class Collector:
 
         return list(await asyncio.gather(*map(of, prompts, names)))
 
-    def forget_partial(self) -> None:
-        """Start anew with whatever was stopped half-way."""
-        self._begun.clear()
-
     async def _group(
         self,
         prompt: Prompt,
         key: GroupKey,
         recipe: GroupRecipe,
         round_: Round,
-        stored: Mapping[GroupKey, int],
+        stored: Set[GroupKey],
         keep_partial: bool,
     ) -> Group | None:
         """None: one of its responses failed for good, or the round was stopped."""
-        if key in stored:
-            assert self.bank is not None
-            return Group(prompt, self.bank.take(key))
+        if key in self._spare:
+            return self._spare.pop(key)
+        if key in stored and self.bank is not None and (taken := self.bank.take(key)) is not None:
+            round_.counts.restored_groups += 1
+            return Group(prompt, taken[1])
         name = f"{key.rollout_id}/{key.group_id}/{prompt.row}"  # a row may be drawn twice in a rollout
         choose = random.Random(f"{self.maker.seed}/{name}")
         recorded = [
@@ -250,20 +253,20 @@ class Collector:
         round_.counts.refilled_samples += n_self - recipe.n_self
         return Group(prompt, whole) if whole else None  # a row without responses makes no group
 
-    def _stored(self, draws: Sequence[Draw]) -> Mapping[GroupKey, int]:
-        """The draws that the bank already has, with their rows."""
+    def _stored(self, draws: Sequence[Draw]) -> Set[GroupKey]:
+        """The groups that a run before this one had finished."""
         if self.bank is None:
-            return {}
-        stored = {draw.key: draw.row for draw in draws if self.bank.row_of(draw.key) == draw.row}
-        if self.maker.engine is not None and self.maker.engine.is_reproducible and len(stored) < len(draws):
+            return set()
+        found = self.bank.restored
+        keys = {draw.key for draw in draws if draw.key in found and found[draw.key].entry.row == draw.row}
+        if self.maker.engine is not None and self.maker.engine.is_reproducible and len(keys) < len(draws):
             # It draws the same groups again only if it draws all of them together again.
-            return {}
-        return stored
+            return set()
+        return keys
 
-    async def _keep(self, groups: Sequence[tuple[GroupKey, Group]], stored: Mapping[GroupKey, int]) -> None:
-        new = [(key, group) for key, group in groups if key not in stored]
-        if self.bank is not None and new:
-            await asyncio.to_thread(self.bank.append, new)
+    async def _keep(self, groups: Sequence[tuple[GroupKey, Group]]) -> None:
+        if self.bank is not None and groups:
+            await asyncio.to_thread(self.bank.append, groups)
 
     def _warn_once(self, text: str) -> None:
         """The counters tell how many; one reason is enough to look for the cause."""

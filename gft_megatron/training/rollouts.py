@@ -352,9 +352,13 @@ class RolloutWorkers:
         kept = ~torch.isin(ids, batch.group_ids[stale])  # [groups]
         counts.stale_groups += int((~kept).sum())
         if self._collector is not None and self._collector.bank is not None:
-            for key, is_kept in zip(keys, kept.tolist(), strict=True):
-                if not is_kept:
-                    self._collector.bank.mark_dropped(key, "stale")
+            self._collector.bank.mark_dropped(
+                {
+                    key: "its weights were too old"
+                    for key, is_kept in zip(keys, kept.tolist(), strict=True)
+                    if not is_kept
+                }
+            )
         of_kept = torch.isin(batch.group_ids, ids[kept])
         return (
             [group for group, is_kept in zip(groups, kept.tolist(), strict=True) if is_kept],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ from gft_megatron.observe.trackers import Tracker, build_trackers
 from gft_megatron.phases import Phase, phase_at, resolve_phases
 from gft_megatron.rewards import build_reward
 from gft_megatron.rewriting import Rewrites, RewrittenPrompts
+from gft_megatron.rollout.bank import Bank
 from gft_megatron.rollout.collect import Collector
 from gft_megatron.rollout.local import LocalEngine
 from gft_megatron.rollout.samples import SampleMaker
@@ -201,6 +204,11 @@ def _build_run(
             hf_folder,
             tokenizer,
             device,
+            phases,
+            train_prompts,
+            console,
+            iteration=step,
+            collects_samples=draws_samples,
             draws_samples=draws_samples or (eval_prompts is not None and config.output.eval_interval > 0),
         ),
         train_prompts=train_prompts,
@@ -353,7 +361,12 @@ def _workers(
     hf_folder: HfFolder,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
+    phases: tuple[Phase, ...],
+    train_prompts: PromptStore,
+    console: Console,
     *,
+    iteration: int,
+    collects_samples: bool,
     draws_samples: bool,
 ) -> RolloutWorkers:
     engine = None
@@ -374,4 +387,26 @@ def _workers(
         seed=config.optimizer.seed,
         max_concurrent_samples=config.rollout.max_concurrent_samples,
     )
-    return RolloutWorkers(Collector(maker), LocalEngine.scope)
+    bank = None
+    if collects_samples:
+        bank = Bank.open(
+            Path(config.output.run_dir) / "bank",
+            rank=dist.get_rank(),
+            num_ranks=dist.get_world_size(),
+            fingerprint=group_fingerprint(phases, train_prompts),
+            checkpoint_iteration=iteration,
+        )
+        if bank.report.restored:
+            console.info(f"bank: {bank.report}")
+        dist.barrier()  # a rank that appends while another still reads would confuse that one
+    return RolloutWorkers(Collector(maker, bank), LocalEngine.scope)
+
+
+def group_fingerprint(phases: tuple[Phase, ...], prompts: PromptStore) -> str:
+    """Of what decides which groups a run makes, but for the weights: those of another run are not to be trained on."""
+    settings = []
+    for phase in phases:
+        config = phase.config
+        recipe = [config.group_sizes, config.sampling, config.rollout.rm_type, config.rollout.hint_segments]
+        settings.append([phase.start, config.optimizer.seed, *map(str, recipe)])
+    return hashlib.sha256(json.dumps([prompts.fingerprint, settings]).encode()).hexdigest()[:16]

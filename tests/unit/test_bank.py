@@ -19,8 +19,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gft_megatron.groups import Group, Prompt, Sample, Source, WeightSpan
-from gft_megatron.rollout.bank import Bank, GroupKey
+from gft_megatron.groups import Group, GroupKey, Prompt, Sample, Source, WeightSpan
+from gft_megatron.rollout.bank import Bank
 from gft_megatron.rollout.bank.records import group_record
 
 FINGERPRINT = "f" * 64

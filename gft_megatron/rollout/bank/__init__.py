@@ -1,6 +1,5 @@
 """Finished groups on disk: none is lost when a run is killed, none is trained on twice."""
 
 from gft_megatron.rollout.bank.bank import Bank, RecoveryReport, StoredGroup
-from gft_megatron.rollout.bank.records import GroupKey
 
-__all__ = ["Bank", "GroupKey", "RecoveryReport", "StoredGroup"]
+__all__ = ["Bank", "RecoveryReport", "StoredGroup"]

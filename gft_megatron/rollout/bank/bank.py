@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from gft_megatron.groups import Group, Sample
+from gft_megatron.groups import Group, GroupKey, Sample
 from gft_megatron.rollout.bank.ledger import (
     Damage,
     Entry,
@@ -40,7 +40,6 @@ from gft_megatron.rollout.bank.ledger import (
     valid_markers,
 )
 from gft_megatron.rollout.bank.records import (
-    GroupKey,
     consumed_record,
     dropped_record,
     group_record,

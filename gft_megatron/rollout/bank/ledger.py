@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from gft_megatron.rollout.bank.records import MAGIC, GroupKey, Kind, Record, read_record
+from gft_megatron.groups import GroupKey
+from gft_megatron.rollout.bank.records import MAGIC, Kind, Record, read_record
 
 _NAME = re.compile(r"rank_(\d{5})\.ledger")
 _CHUNK = 1 << 20

@@ -14,13 +14,12 @@ import os
 import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from gft_megatron.groups import Sample, Source, WeightSpan
+from gft_megatron.groups import GroupKey, Sample, Source, WeightSpan
 
 FORMAT = 1
 # 0xff is in no UTF-8 text, and the four bytes are no token of any vocabulary: what a model writes cannot look like it.
@@ -29,14 +28,6 @@ _FRAME = struct.Struct("<4sBB2xIQI")
 _CRC = struct.Struct("<I")
 FRAME_SIZE = _FRAME.size + _CRC.size
 _DTYPES = frozenset({"<i4", "<i8", "<f4", "<f8"})
-
-
-@dataclass(frozen=True, order=True, slots=True)
-class GroupKey:
-    """The name of a group: the same again in a resumed run."""
-
-    rollout_id: int
-    group_id: int
 
 
 class Kind(IntEnum):
