@@ -103,7 +103,7 @@ class Collector:
             draws: with ids that are distinct over all collectors of this rollout.
             keep_partial: a later rollout goes on with what was drawn of groups that were left; else it starts anew.
         """
-        round_ = Round()
+        round_ = Round(is_stopping=enough is not None and enough.num_groups == 0)
         news = self.news = CollectNews(num_draws=len(draws))
         stored = self._stored(draws) | self._spare.keys()
         # No more of them can have a request with the engine; the rest of the queue is numbers only.
@@ -149,7 +149,7 @@ class Collector:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
-        left += todo
+        left = sorted([*left, *todo], key=lambda draw: draw.group_id)
         made.sort(key=lambda pair: pair[0].group_id)
         counts = round_.counts
         counts.dropped_groups = news.num_dropped

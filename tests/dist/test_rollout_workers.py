@@ -1,8 +1,10 @@
 """Every rank gets the same groups in the same order, whichever ranks collected them."""
 
+import asyncio
 import json
 from dataclasses import replace
 
+import numpy as np
 import torch
 from ranks import run_on_ranks
 from transformers import PreTrainedTokenizerFast
@@ -12,9 +14,10 @@ from gft_megatron.config import ParallelConfig
 from gft_megatron.data.order import PromptOrder
 from gft_megatron.data.prompts import prepare_prompts
 from gft_megatron.data.store import PromptStore
-from gft_megatron.rewards import build_reward
+from gft_megatron.groups import WeightSpan
+from gft_megatron.rewards import Reward, build_reward
 from gft_megatron.rollout.collect import Collector
-from gft_megatron.rollout.engine import SamplingParams
+from gft_megatron.rollout.engine import Completion, FinishReason, RolloutEngine, SamplingParams
 from gft_megatron.rollout.recipe import GroupRecipe, RolloutRules
 from gft_megatron.rollout.samples import SampleMaker
 
@@ -70,6 +73,111 @@ def gathered_tensors():
         yield name, tensor
 
 
+class CoinEngine(RolloutEngine):
+    """Answers a prompt of number i with i or with i + 1, as the request's name has it."""
+
+    scope = "replica"
+    is_reproducible = False
+    weight_version = -1
+
+    async def generate(self, request):
+        await asyncio.sleep(0)
+        token = request.prompt_ids[-1] + int(request.request_id, 16) % 2
+        return Completion(
+            request.request_id,
+            np.array([token, 0]),
+            np.zeros(2, np.float32),
+            FinishReason.STOP,
+            (WeightSpan(self.weight_version, 0, 2),),
+        )
+
+    async def abort(self, request_ids=None):
+        pass  # whatever is in flight is done in the next turn of the loop
+
+    async def update_weights(self, named_tensors, version):
+        for _ in named_tensors:
+            pass
+        self.weight_version = version
+
+    async def close(self):
+        pass
+
+
+class NumberReward(Reward):
+    async def score(self, response, label, metadata):
+        return float(int(response) % 7 == int(label))
+
+
+def number_workers(scope, has_engine):
+    from gft_megatron.training.rollouts import RolloutWorkers
+
+    engine = CoinEngine()
+    maker = SampleMaker(engine, NumberReward(), lambda ids: str(ids[0] - 1), 3, 8)
+    return engine, RolloutWorkers(Collector(maker) if has_engine else None, scope)
+
+
+def rollouts_ahead(rank, store):
+    """Collected before their turn by the replica's first rank, resumed, and left out when they are too old."""
+    engine, workers = number_workers("replica", rank == 0)
+    order = PromptOrder(NUM_ROWS, seed=2)
+    recipe = GroupRecipe(
+        n_expert=0, n_teacher=0, n_self=4, sampling=SamplingParams(max_new_tokens=4), needs_advantages=True
+    )
+    rules = RolloutRules(
+        num_groups=4, num_draws=4, skip_zero_variance=False, mask_truncated=False, refill=False, most_draws=40,
+        max_staleness=1,
+    )  # fmt: skip
+    workers.update_weights(gathered_tensors(), 10)
+    first = workers.collect(store, order, recipe, rules, rollout_id=0, version=10)
+    assert first.staleness.tolist() == [0] * 16
+    workers.start(store, order, recipe, rules, rollout_id=1)
+    workers.start(store, order, recipe, rules, rollout_id=2)
+    assert workers.num_ahead == 2 and order.position == 12
+    state = json.loads(json.dumps(workers.state_dict()))
+    second = workers.collect(store, order, recipe, rules, rollout_id=1, version=11)
+    assert second.staleness.tolist() == [1] * 16 and not second.counts.stale_groups
+    if rank == 0:
+        workers._ahead[0].mine.result()
+        engine.weight_version = 12
+    third = workers.collect(store, order, recipe, rules, rollout_id=2, version=12)
+    assert third.counts.stale_groups == 4, "drawn with weights of two rollouts before"
+    assert third.staleness.tolist() == [0] * 16 and order.position == 16
+    assert not set(second.collected.rows.tolist()) & set(third.collected.rows.tolist())
+    workers.close()
+
+    engine, again = number_workers("replica", rank == 0)
+    again.load_state_dict(state)
+    again.update_weights(gathered_tensors(), 11)
+    resumed = again.collect(store, order, recipe, rules, rollout_id=1, version=11)
+    assert order.position == 16, "its rows had been drawn"
+    for name in ("rows", "tokens", "rewards", "group_ids"):
+        assert torch.equal(getattr(resumed.collected, name), getattr(second.collected, name)), name
+    again.close()
+
+
+def over_sampling(rank, store):
+    """Two collectors begin more groups than are wanted; what is left comes first in the next rollout."""
+    engine, workers = number_workers("rank", True)
+    order = PromptOrder(NUM_ROWS, seed=4)
+    recipe = GroupRecipe(
+        n_expert=0, n_teacher=0, n_self=4, sampling=SamplingParams(max_new_tokens=4), needs_advantages=True
+    )
+    rules = RolloutRules(
+        num_groups=5, num_draws=12, skip_zero_variance=True, mask_truncated=False, refill=True, most_draws=50
+    )
+    workers.update_weights(gathered_tensors(), 0)
+    rows = []
+    for rollout_id in range(3):
+        rollout = workers.collect(store, order, recipe, rules, rollout_id=rollout_id, version=0)
+        assert rollout.trained.num_groups == 5 and len(rollout.own_keys) == len(rollout.own_groups)
+        assert rollout.collected.group_ids.tolist() == sorted(rollout.collected.group_ids.tolist())
+        rows.append(rollout.collected.rows.unique_consecutive().tolist())
+        left = [row for *_, row in workers.state_dict()["left"]]
+        assert sorted(sum(rows, []) + left) == sorted(PromptOrder(NUM_ROWS, seed=4).take(order.position))
+    assert order.position < 36
+    workers.close()
+
+
 def collect_on_rank(rank, world_size, scope, store_path, out):
     from gft_megatron.training import cpu
 
@@ -107,6 +215,10 @@ def collect_on_rank(rank, world_size, scope, store_path, out):
     }
     torch.save(fields, out / f"{scope}{rank}.pt")
     workers.close()
+    if scope == "replica":
+        rollouts_ahead(rank, PromptStore(store_path))
+    else:
+        over_sampling(rank, PromptStore(store_path))
 
 
 def test_all_ranks_get_the_same_groups(tmp_path):
