@@ -132,6 +132,7 @@ def test_cut_off_anywhere_the_groups_before_are_kept(tmp_path, no_fsync):
         torn = cut - ([0, *ends])[whole]
         assert [(damage.size, damage.at_end) for damage in bank.report.damages] == ([(torn, True)] if torn else [])
         assert ("torn tail" in str(bank.report)) == bool(torn)
+        assert ledger(folder).stat().st_size == cut - torn
         # The file goes on as if nothing had been there, and once more says nothing of damage.
         bank.append([(key(9), group(9, length=2))])
         bank.close()
@@ -249,6 +250,43 @@ def test_more_ranks_and_fewer(tmp_path):
     assert not ledger(tmp_path, 1).exists() and not ledger(tmp_path, 2).exists()
     one.close()
     assert restored(tmp_path, at=5) == set()
+
+
+def test_a_file_without_an_owner_stays_while_its_marks_are_needed(tmp_path):
+    """Group 0 lies in rank 0's file, which has too little to forget yet; its mark in rank 1's, which has no owner."""
+    filled(tmp_path, range(5)).close()
+    first, second = (open_bank(tmp_path, rank=rank, num_ranks=2) for rank in range(2))
+    assert second.take(key(0)) is not None
+    second.mark_consumed([key(0)], 1)
+    first.close()
+    second.close()
+    for _ in range(2):
+        bank = open_bank(tmp_path, at=1)
+        assert sorted(bank.restored) == [key(number) for number in range(1, 5)]
+        bank.compact(1)
+        assert ledger(tmp_path, 1).exists()
+        bank.close()
+    bank = open_bank(tmp_path, at=1)
+    bank.mark_consumed([key(number) for number in range(1, 5)], 2)
+    bank.compact(2)
+    bank.close()
+    bank = open_bank(tmp_path, at=2)
+    bank.compact(2)
+    assert not ledger(tmp_path, 1).exists() and not bank.restored
+
+
+def test_what_is_undone_in_another_file_stays_undone(tmp_path):
+    """Rank 1's marks of step 2 are undone by rank 0, whose file is then rewritten without what it forgets."""
+    first, second = (open_bank(tmp_path, rank=rank, num_ranks=2) for rank in range(2))
+    second.append([(key(1), group(1))])
+    second.mark_consumed([key(1)], 2)
+    first.close()
+    second.close()
+    bank = filled(tmp_path, [0], at=1)
+    bank.mark_consumed([key(0)], 2)
+    bank.compact(2)
+    bank.close()
+    assert restored(tmp_path, at=2) == {1}
 
 
 def test_marks_of_groups_in_other_files_outlive_a_compaction(tmp_path):

@@ -96,7 +96,8 @@ class Bank:
     Attributes:
         report: RecoveryReport.
         restored: dict[GroupKey, StoredGroup], the groups of earlier sessions that are still to be taken.
-        dropped: dict[GroupKey, str], those that came to nothing in earlier sessions, with the reasons.
+        dropped: dict[GroupKey, str], those of earlier sessions that came to nothing, and why. Of both only keys that
+            this session has not recorded or marked itself.
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
@@ -190,6 +191,7 @@ class Bank:
             self._markers.append(marker)
             for key in marker.keys:
                 self._consumed[key] = min(iteration, self._consumed.get(key, iteration))
+                self._forget_earlier(key)
 
     def compact(self, oldest_checkpoint: int) -> None:
         """Forget what no checkpoint from this one on asks for; the file is rewritten when half of it can go.
@@ -277,7 +279,12 @@ class Bank:
             offset = self._write(b"".join(record for *_, record in told))
             for key, row, reason, record in told:
                 self._own[key] = Entry(offset, len(record), self._fingerprint, row, reason)
+                self._forget_earlier(key)
                 offset += len(record)
+
+    def _forget_earlier(self, key: GroupKey) -> None:
+        self.restored.pop(key, None)
+        self.dropped.pop(key, None)
 
     def _write(self, data: bytes) -> int:
         """Append durably, or not at all. Returns where."""
