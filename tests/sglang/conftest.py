@@ -1,0 +1,93 @@
+"""Two real SGLang servers for the session, on a CPU, started through the launcher by the first test that wants them.
+
+They come from the environment that tools/sglang_cpu.sh makes at .venv-sglang; GFT_SGLANG_PYTHON names another's
+interpreter. Without one, the tests are skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from programs import CHECKOUT, load_program
+
+from gft_megatron.rollout.sglang.http import Keys
+from gft_megatron.rollout.sglang.keys import generate_keys
+from gft_megatron.rollout.sglang.launcher import Launcher, LaunchOptions
+
+
+@pytest.fixture(scope="session")
+def sglang_python() -> Path:
+    """The interpreter that has SGLang."""
+    python = Path(os.environ.get("GFT_SGLANG_PYTHON", CHECKOUT / ".venv-sglang/bin/python"))
+    if not python.exists():
+        pytest.skip(f"no SGLang at {python}: bash tools/sglang_cpu.sh, or GFT_SGLANG_PYTHON")
+    return python
+
+
+@pytest.fixture(scope="session")
+def sglang_keys() -> Keys:
+    return generate_keys()
+
+
+@pytest.fixture(scope="session")
+def sglang_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen2 with random weights and the tokenizer of the quickstart."""
+    folder = tmp_path_factory.mktemp("sglang") / "model"
+    tiny = load_program("tools/make_tiny_model.py")
+    tiny.write_tiny_model(
+        tiny.TinyModel(
+            output=folder,
+            hidden_size=64,
+            intermediate_size=128,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            max_position_embeddings=2048,
+            tie_embeddings=False,
+        )
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sglang_launcher(
+    sglang_python: Path, sglang_model: Path, sglang_keys: Keys, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Launcher]:
+    """Runs two servers. `kill(url)` and SIGKILL are allowed: the servers come back."""
+    options = LaunchOptions(
+        python=sglang_python,
+        model=sglang_model,
+        num_workers=2,
+        device="cpu",
+        port=free_ports(2),
+        ready_timeout_sec=300,
+        max_restarts=20,
+    )
+    with Launcher(options, sglang_keys, tmp_path_factory.mktemp("sglang_logs")) as launcher:
+        launcher.start()
+        yield launcher
+
+
+@pytest.fixture(scope="session")
+def sglang_workers(sglang_launcher: Launcher) -> tuple[str, str]:
+    """Their addresses."""
+    return sglang_launcher.urls
+
+
+def free_ports(count: int) -> int:
+    """The first of so many ports in a row that nobody listens on."""
+    while True:
+        with socket.socket() as first:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+        if port + count < 65536 and all(_is_free(port + index) for index in range(count)):
+            return port
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
