@@ -35,6 +35,8 @@ class FailureKind(StrEnum):
     """An answer that is not what was asked for: no JSON, a field missing, NaN, a token that is none."""
     ABORTED = "aborted"
     """The server gave up the request by itself."""
+    STALE = "stale"
+    """Tokens drawn with older weights than the server had acknowledged."""
 
 
 class WorkerError(Exception):
@@ -70,7 +72,8 @@ class Http:
         """
         self._keys = keys
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=max_connections),
+            # Servers drop idle connections after 5 s; a request on one that is just being dropped would fail.
+            connector=aiohttp.TCPConnector(limit=max_connections, keepalive_timeout=3.0),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SEC),
             trust_env=False,  # a proxy between trainer and servers would only be a mistake
         )
