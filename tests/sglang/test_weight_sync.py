@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from gft_megatron.rollout.sglang.http import Http, Keys
-from gft_megatron.rollout.sglang.weight_sync import FromDisk, WeightSync
+from gft_megatron.rollout.sglang.weight_sync import WeightSync, build_weight_sync
 from gft_megatron.rollout.sglang.weight_sync.versions import checksum
 
 TOKENS = [7, 31, 100, 5, 250, 77, 12, 9, 300, 41, 8, 8]
@@ -65,11 +65,13 @@ async def check_serves(http: Http, url: str, model: Model, version: int) -> None
 @pytest.fixture
 def make_sync(tmp_path: Path, sglang_model: Path) -> Callable[[str, Http], WeightSync]:
     def make(name: str, http: Http) -> WeightSync:
-        return FromDisk(
+        return build_weight_sync(
+            name,
             http,
             folder=tmp_path / "weights",
             source_folder=sglang_model,
             dtype=torch.float32,
+            device=torch.device("cpu"),
             bucket_bytes=BUCKET_BYTES,
             compare_checksums=True,
         )
@@ -89,7 +91,7 @@ def with_http(sglang_keys: Keys) -> Callable[[Callable[[Http], Awaitable[None]]]
     return run
 
 
-WAYS = ["disk"]
+WAYS = ["disk", "distributed", "tensor"]
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-from gft_megatron.rollout.sglang.dialect import Dialect, probe_dialect
+from gft_megatron.rollout.sglang.dialect import Dialect, probe_dialect, weight_version
 from gft_megatron.rollout.sglang.http import FailureKind, Http, WorkerError
 from gft_megatron.rollout.sglang.weight_sync import memory, versions
 
@@ -75,7 +75,11 @@ class Update:
         self.failed.setdefault(url, reason)
 
     async def on_each(self, step: Callable[[str], Awaitable[object]]) -> None:
-        """Do `step(url)` on all live workers at once."""
+        """Do `step(url)` on all live workers at once.
+
+        Raises:
+            Exception: what a step raises beside WorkerError, when all have ended.
+        """
 
         async def attempt(url: str) -> None:
             try:
@@ -83,13 +87,15 @@ class Update:
             except WorkerError as error:
                 self.fail(url, str(error))
 
-        await asyncio.gather(*map(attempt, self.live))
+        for outcome in await asyncio.gather(*map(attempt, self.live), return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
 
     async def open(self, url: str, *, allow_running: bool) -> None:
         self._dialects[url] = await probe_dialect(self._http, url)
         self._paused.append(url)  # before the call: it may be heard and its answer lost
         await self._call(url, "/pause_generation", {"mode": "retract" if allow_running else "abort"})
-        found = await self._found_version(url)
+        found = await weight_version(self._http, url)
         if memory.is_released(found):
             await memory.resume_weights(self._http, url, found)
             self._without_cache.add(url)
@@ -123,7 +129,7 @@ class Update:
 
     async def _name(self, url: str) -> None:
         await versions.rename(self._http, url, str(self._version))
-        found = await self._found_version(url)
+        found = await weight_version(self._http, url)
         if found != str(self._version):
             raise WorkerError(url, FailureKind.MALFORMED, f"has weights {found!r} after an update to {self._version}")
         self._complete.add(url)
@@ -154,9 +160,6 @@ class Update:
 
     def _uses_session(self, url: str) -> bool:
         return self._in_session and self._dialects[url].needs_begin_end
-
-    async def _found_version(self, url: str) -> str:
-        return await self._dialects[url].weight_version(self._http, url)
 
     async def _call(self, url: str, path: str, body: dict[str, Any]) -> None:
         await self._http.call(url, path, body, timeout_sec=_CONTROL_SEC, admin=True)
