@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from safetensors import SafetensorError
@@ -60,21 +61,100 @@ def write_hf_folder(
         OSError: the disk failed or is full; the message names the path and the free bytes. Nothing is left behind then.
             `tensors` is left where it stood: a caller whose iterable is a collective has to finish it.
     """
-    target = Path(path).resolve()
-    refuse_to_replace_what_is_not_ours(target)
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        with _naming_the_disk(target):
-            shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
-            partial.mkdir(parents=True)
-            _copy_everything_but_weights(Path(source_folder), partial, dtype)
-        _write_weights(partial, tensors, dtype, max_shard_bytes)
-        HfFolder(partial).check_weights()
-        with _naming_the_disk(target):
-            _publish(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with HfFolderWriter(path, source_folder=source_folder, dtype=dtype, max_shard_bytes=max_shard_bytes) as writer:
+        for name, tensor in tensors:
+            writer.add(name, tensor)
+        writer.publish()
+
+
+class HfFolderWriter:
+    """The same, tensor by tensor: for a caller that has other work between two of them.
+
+    Without `publish`, leaving the `with` block leaves nothing behind.
+    """
+
+    def __init__(
+        self, path: str | Path, *, source_folder: str | Path, dtype: torch.dtype, max_shard_bytes: int
+    ) -> None:
+        self._target = Path(path).resolve()
+        refuse_to_replace_what_is_not_ours(self._target)
+        self._partial = self._target.with_name(f".{self._target.name}.partial")
+        self._dtype = dtype
+        self._max_shard_bytes = max_shard_bytes
+        self._held: dict[str, Tensor] = {}  # host copies
+        self._held_bytes = self._written_bytes = 0
+        self._seen: set[str] = set()
+        self._shards: list[list[str]] = []  # names in each file so far
+        try:
+            with _naming_the_disk(self._target):
+                shutil.rmtree(self._partial, ignore_errors=True)  # left by a process that was killed
+                self._partial.mkdir(parents=True)
+                _copy_everything_but_weights(Path(source_folder), self._partial, dtype)
+        except BaseException:
+            self._discard()
+            raise
+
+    def __enter__(self) -> HfFolderWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._discard()
+
+    def _discard(self) -> None:
+        self._held = {}
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Copy the tensor, and write a file when enough of them are held.
+
+        Raises:
+            OSError: as `write_hf_folder`.
+        """
+        assert name not in self._seen, f"{name} was given twice"
+        self._seen.add(name)
+        size = tensor.numel() * self._dtype.itemsize
+        if self._held and self._held_bytes + size > self._max_shard_bytes:
+            self._write_shard()
+        # A copy even where nothing changes: the tensor may be a live weight, or a view that shares its memory.
+        self._held[name] = tensor.detach().to("cpu", self._dtype, copy=True, memory_format=torch.contiguous_format)
+        self._held_bytes += size
+
+    def publish(self) -> None:
+        """Write the rest, check that it is the whole model, flush, and rename.
+
+        Raises:
+            ValueError, OSError: as `write_hf_folder`.
+        """
+        self._write_shard()
+        self._name_files()
+        HfFolder(self._partial).check_weights()
+        with _naming_the_disk(self._target):
+            _publish(self._partial, self._target)
+
+    def _write_shard(self) -> None:
+        file = self._partial / f"{len(self._shards)}.safetensors"
+        with _naming_the_disk(self._partial):
+            save_file(self._held, file, metadata={"format": "pt"})
+            # safetensors 0.8 makes files that only their owner can read
+            shutil.copymode(self._partial / "config.json", file)
+        self._shards.append(list(self._held))
+        self._written_bytes += self._held_bytes
+        self._held, self._held_bytes = {}, 0
+
+    def _name_files(self) -> None:
+        if len(self._shards) == 1:
+            os.rename(self._partial / "0.safetensors", self._partial / SINGLE_FILE)
+            return
+        weight_map = {}
+        for number, names in enumerate(self._shards):
+            file_name = f"model-{number + 1:05d}-of-{len(self._shards):05d}.safetensors"
+            os.rename(self._partial / f"{number}.safetensors", self._partial / file_name)
+            weight_map |= dict.fromkeys(names, file_name)
+        index = {"metadata": {"total_size": self._written_bytes}, "weight_map": weight_map}
+        with _naming_the_disk(self._partial):
+            _write_json(self._partial / INDEX_FILE, index)
 
 
 def refuse_to_replace_what_is_not_ours(target: Path) -> None:
@@ -99,50 +179,6 @@ def _copy_everything_but_weights(source: Path, partial: Path, dtype: torch.dtype
     for name in _COPIED_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, partial / name)
-
-
-def _write_weights(
-    partial: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_shard_bytes: int
-) -> None:
-    shards: list[list[str]] = []
-    total_bytes = 0
-    for held in _in_shards(tensors, dtype, max_shard_bytes):
-        file = partial / f"{len(shards)}.safetensors"
-        with _naming_the_disk(partial):
-            save_file(held, file, metadata={"format": "pt"})
-            shutil.copymode(partial / "config.json", file)  # safetensors 0.8 makes files that only their owner can read
-        shards.append(list(held))
-        total_bytes += sum(tensor.nbytes for tensor in held.values())
-    if len(shards) == 1:
-        os.rename(partial / "0.safetensors", partial / SINGLE_FILE)
-        return
-    weight_map = {}
-    for number, names in enumerate(shards):
-        file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.rename(partial / f"{number}.safetensors", partial / file_name)
-        weight_map |= dict.fromkeys(names, file_name)
-    with _naming_the_disk(partial):
-        _write_json(partial / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
-
-
-def _in_shards(
-    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_bytes: int
-) -> Iterator[dict[str, Tensor]]:
-    """Host copies of the tensors, in runs of at most `max_bytes`; a larger tensor has a run of its own."""
-    held: dict[str, Tensor] = {}
-    held_bytes = 0
-    names: set[str] = set()
-    for name, tensor in tensors:
-        assert name not in names, f"{name} was given twice"
-        names.add(name)
-        size = tensor.numel() * dtype.itemsize
-        if held and held_bytes + size > max_bytes:
-            yield held
-            held, held_bytes = {}, 0
-        # A copy even where nothing changes: the tensor may be a live weight, or a view that shares its memory.
-        held[name] = tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
-        held_bytes += size
-    yield held
 
 
 def _publish(partial: Path, target: Path) -> None:
