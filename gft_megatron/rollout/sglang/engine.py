@@ -275,6 +275,8 @@ class SGLangEngine(RolloutEngine):
             else:
                 self._tokens[target] += len(completion.token_ids)
                 self._fleet.completed(target, self._now())
+                if target in self._watchers:  # a router has none
+                    self._watchers[target].completed()
                 return completion
             finally:
                 record.call = None

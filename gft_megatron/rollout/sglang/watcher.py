@@ -62,6 +62,10 @@ class Watcher:
         """Look now."""
         self._wake.set()
 
+    def completed(self) -> None:
+        """It gave a whole response."""
+        self._silent_for = 0.0
+
     async def run(self) -> None:
         """Until cancelled.
 
@@ -106,12 +110,14 @@ class Watcher:
         if self._fleet.paused:  # since the questions were asked
             return
         own = self._hands.own_requests()
+        on_server = load.running + load.queued
         moved = self.load is None or self.load.mark != load.mark
-        busy = own + load.running + load.queued > 0
-        self._silent_for = 0.0 if moved or not busy else self._silent_for + self._elapsed()
+        # Requests that the server knows nothing of do not move, whatever else does.
+        alive = not own if not on_server else moved
+        self._silent_for = 0.0 if alive else self._silent_for + self._elapsed()
         self._looked_at = self._now()
         self.load = load
-        self.others = max(0, load.running + load.queued - own)
+        self.others = max(0, on_server - own)
         self._fleet.answered(self._url, version, self._now())
         self._fleet.silent(self._url, self._silent_for, self._now())
         if self._silent_for and self._fleet.state(self._url) is State.DEAD:
