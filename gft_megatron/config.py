@@ -170,6 +170,12 @@ class EngineConfig:
     """Servers that this run starts, on each of its nodes, and stops."""
     sglang_python: str | None = None
     """Python interpreter of SGLang's environment, for servers started here; default $GFT_SGLANG_PYTHON."""
+    sglang_tensor_parallel_size: int = 1
+    """GPUs of each server started here."""
+    sglang_gpus: tuple[int, ...] = ()
+    """GPUs of each node for the servers started there, divided among them in order; default 0, 1, ..."""
+    sglang_port: int = 30000
+    """Port of the first server started on a node; the others take those that follow."""
     sglang_args: tuple[str, ...] = ()
     """More flags of sglang.launch_server, for servers started here."""
     weight_sync: Literal["disk", "distributed", "tensor"] = "disk"

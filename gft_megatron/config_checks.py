@@ -173,7 +173,7 @@ def _require_sizes(config: RunConfig) -> None:
         config.rollout: (
             "rollout_batch_size", "rollout_max_response_len", "max_concurrent_samples", "refill_budget",
         ),
-        config.engine: ("weight_sync_bucket_mib",),
+        config.engine: ("weight_sync_bucket_mib", "sglang_tensor_parallel_size"),
         config.optimizer: (
             "num_steps_per_rollout", "num_epochs_per_rollout", "max_tokens_per_gpu", "micro_batch_size", "train_iters",
         ),

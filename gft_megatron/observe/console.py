@@ -50,6 +50,9 @@ class Console:
         """
         yield lambda done: None
 
+    def doing(self, text: str) -> None:
+        """What the run waits for at the moment, told again and again; the next step ends it."""
+
     def step(self, step: int, figures: Mapping[str, float]) -> None:
         """The figures of a step, or of an evaluation after it.
 
@@ -119,6 +122,7 @@ class LogConsole(Console):
         self._stream = stream
         self._newest = Newest(train_iters)
         self._log_every = log_every
+        self._last_news = time.monotonic()
 
     def info(self, text: str) -> None:
         self._print(text)
@@ -143,7 +147,14 @@ class LogConsole(Console):
         yield progress
         self._print(f"{stage_news(title, done, total, unit)} in {duration(time.monotonic() - started)}")
 
+    def doing(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self._last_news >= _STAGE_NEWS_SEC:
+            self._last_news = now
+            self._print(f"{text} ...")
+
     def step(self, step: int, figures: Mapping[str, float]) -> None:
+        self._last_news = time.monotonic()
         self._newest.update(step, figures)
         train_iters = self._newest.train_iters
         if is_evaluation(figures):

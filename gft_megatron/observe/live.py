@@ -70,7 +70,12 @@ class LiveConsole(Console):
             self._stage = ""
         self.info(f"{stage_news(title, done, total, unit)} in {duration(time.monotonic() - started)}")
 
+    def doing(self, text: str) -> None:
+        self._stage = inert(text)
+        self._draw()
+
     def step(self, step: int, figures: Mapping[str, float]) -> None:
+        self._stage = ""
         self._newest.update(step, figures)
         if is_evaluation(figures):
             self._last_eval = f"step {step}  {phrases(figures).get('eval', '')}"

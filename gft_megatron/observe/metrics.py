@@ -131,3 +131,26 @@ class Timings:
         figures["time/step_sec"] = now - self._last_pop
         self._seconds, self._last_pop = {}, now
         return figures
+
+
+class Rates:
+    """Counts that only grow, as counts a second."""
+
+    def __init__(self, *, over_sec: float = 0.0) -> None:
+        """
+        Args:
+            over_sec: the shortest time to take a mean over; asked sooner, the last rates are told again.
+        """
+        self._over_sec = over_sec
+        self._since = time.monotonic()
+        self._before: dict[str, float] = {}
+        self._rates: dict[str, float] = {}
+
+    def of(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """Since the call before."""
+        now = time.monotonic()
+        seconds = now - self._since
+        if seconds >= max(self._over_sec, 1e-9):
+            self._rates = {name: (count - self._before.get(name, 0.0)) / seconds for name, count in counts.items()}
+            self._since, self._before = now, dict(counts)
+        return self._rates

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 
 from gft_megatron.observe.stages import split_step_time
+from gft_megatron.rollout.counts import CollectNews
 
 _SHORT_STAGES = {
     "generate": "gen",
@@ -23,6 +24,9 @@ _SMALLEST_SHARE = 0.05
 
 _TROUBLES = {
     "rollout/groups_dropped": "dropped groups",
+    "rollout/groups_stale": "stale groups",
+    "engine/workers_dead": "dead servers",
+    "engine/retries": "retries",
     "rollout/failed_samples": "failed samples",
     "rollout/reward_errors": "reward errors",
     "eval/failed_samples": "failed samples",
@@ -47,6 +51,28 @@ def phrases(figures: Mapping[str, float]) -> dict[str, str]:
         "trouble": _join(*(f"{what} {figures[name]:.0f}" for name, what in _TROUBLES.items() if figures.get(name))),
     }
     return {topic: text for topic, text in words.items() if text}
+
+
+def collecting(news: CollectNews, engine: Mapping[str, float], speeds: Mapping[str, float]) -> str:
+    """12/64 groups, 40 in flight, 1 dropped | 10.0.0.7:30000 4.1k tok/s | 2 healthy, 9 queued | weights 7 (0.4s)
+
+    Args:
+        engine: `SGLangEngine.figures()`, empty for an engine without servers.
+        speeds: tokens a second of each server.
+    """
+    groups = f"{news.num_groups}/{news.num_draws} groups, {news.num_in_flight} in flight"
+    words = [groups + (f", {news.num_dropped} dropped" if news.num_dropped else "")]
+    if engine:
+        states = {name.removeprefix("workers_"): n for name, n in engine.items() if name.startswith("workers_") and n}
+        words += [
+            *(f"{server} {count(speed)} tok/s" for server, speed in speeds.items()),
+            ", ".join(f"{number:.0f} {state}" for state, number in {**states, "queued": engine["queued"]}.items()),
+            f"weights {engine['weight_version']:.0f} ({engine['sync_sec']:.1f}s)",
+        ]
+        failures = {name.removeprefix("failures/"): n for name, n in engine.items() if name.startswith("failures/")}
+        if failures:
+            words.append("failed: " + ", ".join(f"{kind} {number:.0f}" for kind, number in failures.items()))
+    return " | ".join(words)
 
 
 def count(number: float) -> str:

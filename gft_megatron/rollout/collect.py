@@ -16,7 +16,7 @@ from typing import Protocol
 from gft_megatron.groups import Batch, Group, GroupKey, Prompt, RecordedResponse, Sample, Source
 from gft_megatron.rewards import RewardError
 from gft_megatron.rollout.bank import Bank
-from gft_megatron.rollout.counts import CollectCounts
+from gft_megatron.rollout.counts import CollectCounts, CollectNews
 from gft_megatron.rollout.engine import Completion, Partial, RolloutError, SamplingParams
 from gft_megatron.rollout.hints import NO_HINT, draw_hint
 from gft_megatron.rollout.recipe import GroupRecipe, recipe_advantages
@@ -61,16 +61,6 @@ class Collected:
     left: list[Draw]
     """What was not needed any more, begun or not, or even finished."""
     counts: CollectCounts
-
-
-@dataclass
-class CollectNews:
-    """Where a collection is, for whoever watches it."""
-
-    num_draws: int = 0
-    num_groups: int = 0
-    num_dropped: int = 0
-    num_in_flight: int = 0
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What happened while groups were collected."""
+"""What happened while groups were collected, and where a collection is."""
 
 from __future__ import annotations
 
@@ -27,3 +27,13 @@ class CollectCounts:
     def add(self, other: CollectCounts) -> None:
         for f in fields(self):
             setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+
+
+@dataclass
+class CollectNews:
+    """Where a collection is, for whoever watches it."""
+
+    num_draws: int = 0
+    num_groups: int = 0
+    num_dropped: int = 0
+    num_in_flight: int = 0

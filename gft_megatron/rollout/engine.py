@@ -129,6 +129,10 @@ class RolloutEngine(ABC):
         The iterable may be a collective (each item gathers from other ranks): it is always consumed to its end.
         """
 
+    def figures(self) -> dict[str, float]:
+        """Metrics as of now."""
+        return {}
+
     @abstractmethod
     async def close(self) -> None:
         """Abort everything and free what the engine holds."""

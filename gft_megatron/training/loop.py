@@ -191,7 +191,7 @@ def _update(phase: Phase, run: Run, progress: Progress, rollout: Rollout) -> Non
     config = phase.config
     first = _objective(phase, run, progress.iteration - phase.start)
     steps = prepare_steps(rollout.trained, config, run.chunks, first, run.reference, run.timings)
-    metrics = rollout_metrics(rollout)
+    metrics = rollout_metrics(rollout) | run.workers.engine_figures()
     for prepared in steps:
         objective = _objective(phase, run, progress.iteration - phase.start)
         result = train_step(run.chunks, run.optimizer, run.scheduler, prepared.inputs, objective, batch=run.batch_sums)

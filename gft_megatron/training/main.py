@@ -23,6 +23,7 @@ def main() -> None:
         _fail(error, status=2)
     _prepare_process()
 
+    from gft_megatron.rollout.sglang.engine import FleetLost
     from gft_megatron.training import cpu
 
     cpu.install()
@@ -31,7 +32,7 @@ def main() -> None:
 
     try:
         train(config)
-    except (ValueError, OSError, FloatingPointError, RolloutError, CheckpointError) as error:
+    except (ValueError, OSError, FloatingPointError, RolloutError, FleetLost, CheckpointError) as error:
         if os.environ.get("GFT_MEGATRON_TRACEBACK") == "1":
             raise
         _fail(error, status=1)

@@ -11,7 +11,7 @@ import logging
 import math
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass
@@ -26,10 +26,11 @@ from torch import Tensor
 from gft_megatron.data.order import PromptOrder
 from gft_megatron.data.store import PromptStore
 from gft_megatron.groups import Batch, Group, GroupKey, Source
+from gft_megatron.observe.metrics import Rates
 from gft_megatron.rewriting import Place, RewrittenPrompts
 from gft_megatron.rollout.background import BackgroundLoop
-from gft_megatron.rollout.collect import Collected, CollectNews, Collector, Draw, Enough
-from gft_megatron.rollout.counts import CollectCounts
+from gft_megatron.rollout.collect import Collected, Collector, Draw, Enough
+from gft_megatron.rollout.counts import CollectCounts, CollectNews
 from gft_megatron.rollout.engine import Completion, FinishReason, SamplingParams
 from gft_megatron.rollout.figures import evaluation_figures, evaluation_sums
 from gft_megatron.rollout.recipe import GroupRecipe, RolloutRules
@@ -86,19 +87,20 @@ class RolloutWorkers:
         scope: str,
         *,
         loop: BackgroundLoop | None = None,
-        watch: Callable[[CollectNews], None] | None = None,
+        watch: Callable[[CollectNews, Mapping[str, float]], None] | None = None,
     ) -> None:
         """
         Args:
             collector: of this rank; None where it has no engine.
             scope: `RolloutEngine.scope`: on which ranks the engines are.
             loop: where the collector's engine lives; its owner is this object from now on.
-            watch: told a few times a second where the collection is that this rank waits for.
+            watch: told a few times a second where the collection is that this rank waits for, with the engine's figures.
         """
         self._collector = collector
         self._engine = None if collector is None else collector.maker.engine
         self._loop = loop or BackgroundLoop()
         self._watch = watch
+        self._rates = Rates()
         self._version = -1
         self._trained_versions: list[int] = []
         self._ahead: deque[_Round] = deque()
@@ -197,6 +199,13 @@ class RolloutWorkers:
             _logger.warning("%d prompts gave %d groups of the %d that were wanted", drawn, kept, rules.num_groups)
         staleness = self._staleness(collected)
         return Rollout(trained, collected, staleness, counts, own_groups, own_keys)
+
+    def engine_figures(self) -> dict[str, float]:
+        """What this rank's engine has to tell; tokens a second since the call before."""
+        figures = self._loop.run(self._figures())
+        tokens = {name: value for name, value in figures.items() if name.startswith("tokens/")}
+        speeds = {name.replace("tokens/", "tokens_per_sec/"): x for name, x in self._rates.of(tokens).items()}
+        return {f"engine/{name}": x for name, x in {**figures, **speeds}.items() if name not in tokens}
 
     def mark_trained(self, rollout: Rollout, iteration: int) -> None:
         """Write down that the groups of a rollout were trained on, the last time in this step."""
@@ -376,7 +385,10 @@ class RolloutWorkers:
 
     def _tell(self) -> None:
         if self._watch is not None and self._collector is not None:
-            self._watch(self._collector.news)
+            self._watch(self._collector.news, self._loop.run(self._figures()))
+
+    async def _figures(self) -> dict[str, float]:
+        return {} if self._engine is None else self._engine.figures()
 
 
 def trained_part(

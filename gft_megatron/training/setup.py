@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +27,7 @@ from gft_megatron.observe.console import Console, build_console
 from gft_megatron.observe.metrics import MetricsLog, Timings
 from gft_megatron.observe.trackers import Tracker, build_trackers
 from gft_megatron.phases import Phase, phase_at, resolve_phases
-from gft_megatron.rewards import build_reward
 from gft_megatron.rewriting import Rewrites, RewrittenPrompts
-from gft_megatron.rollout.bank import Bank
-from gft_megatron.rollout.collect import Collector
-from gft_megatron.rollout.local import LocalEngine
-from gft_megatron.rollout.samples import SampleMaker
 from gft_megatron.training.checkpoint import find_checkpoint, load_checkpoint
 from gft_megatron.training.exchange import on_rank_zero
 from gft_megatron.training.fused_linear import return_hidden_states
@@ -50,7 +42,9 @@ from gft_megatron.training.optimizer import build_optimizer, build_scheduler, re
 from gft_megatron.training.parallel import initialize
 from gft_megatron.training.reference import Reference
 from gft_megatron.training.rollouts import RolloutWorkers
+from gft_megatron.training.servers import Servers, find_servers
 from gft_megatron.training.weights import load_hf_weights
+from gft_megatron.training.workers import build_workers, decoder, open_bank
 
 
 @dataclass
@@ -69,6 +63,8 @@ class Run:
     """None where no phase compares the model with one."""
     batch_sums: dict[str, torch.Tensor] | None
     """What the step before told of its batch, if the loss is to read that (--batch-statistics previous-step)."""
+    servers: Servers | None
+    """None where samples are drawn in this process, or not at all."""
     workers: RolloutWorkers
     train_prompts: PromptStore
     eval_prompts: PromptStore | None
@@ -88,10 +84,12 @@ class Run:
     @property
     def rewritten_prompts(self) -> RewrittenPrompts:
         assert self.rewrites is not None
-        return RewrittenPrompts(self.train_prompts, self.rewrites, _decoder(self.tokenizer))
+        return RewrittenPrompts(self.train_prompts, self.rewrites, decoder(self.tokenizer))
 
     def close(self) -> None:
         self.workers.close()
+        if self.servers is not None:
+            self.servers.close()
         self.console.close()
         for tracker in self.trackers:
             tracker.close()
@@ -188,7 +186,16 @@ def _build_run(
         scheduler.load_state_dict(saved["scheduler"])
     elif phase.reset_optimizer:
         reset_optimizer(optimizer)
-    draws_samples = any(phase.config.group_sizes.n_self or phase.config.rewrite.rewrite_interval for phase in phases)
+    collects_samples = any(phase.config.group_sizes.n_self for phase in phases)
+    evaluates = eval_prompts is not None and config.output.eval_interval > 0
+    rewrites = any(phase.config.rewrite.rewrite_interval for phase in phases)
+    draws_samples = collects_samples or evaluates or rewrites
+    servers = None
+    if draws_samples and config.engine.rollout_engine == "sglang":
+        servers = find_servers(config, console)
+    bank = None
+    if collects_samples:
+        bank = open_bank(phases, train_prompts, console, iteration=step, of_replicas=servers is not None)
     run = Run(
         device=device,
         hf_folder=hf_folder,
@@ -199,17 +206,9 @@ def _build_run(
         scheduler=scheduler,
         reference=reference,
         batch_sums=saved_sums(saved, phase, device),
-        workers=_workers(
-            config,
-            hf_folder,
-            tokenizer,
-            device,
-            phases,
-            train_prompts,
-            console,
-            iteration=step,
-            collects_samples=draws_samples,
-            draws_samples=draws_samples or (eval_prompts is not None and config.output.eval_interval > 0),
+        servers=servers,
+        workers=build_workers(
+            phases, hf_folder, tokenizer, device, servers, console, bank=bank, draws_samples=draws_samples
         ),
         train_prompts=train_prompts,
         eval_prompts=eval_prompts,
@@ -350,63 +349,3 @@ def _reference(
     folder.check_weights()
     console.info(f"loading the reference {folder.path}")
     return Reference(chunks, folder, padded_vocab_size=vocab_size)
-
-
-def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
-    return lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
-
-
-def _workers(
-    config: RunConfig,
-    hf_folder: HfFolder,
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    phases: tuple[Phase, ...],
-    train_prompts: PromptStore,
-    console: Console,
-    *,
-    iteration: int,
-    collects_samples: bool,
-    draws_samples: bool,
-) -> RolloutWorkers:
-    engine = None
-    if draws_samples:
-        engine = LocalEngine(
-            hf_folder.path,
-            eos_token_ids={tokenizer.eos_token_id},
-            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-            max_batch_size=config.rollout.max_concurrent_samples,
-            dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
-            device=device,
-            seed=config.optimizer.seed,
-        )
-    maker = SampleMaker(
-        engine=engine,
-        reward=build_reward(config.rollout.rm_type),
-        decode=_decoder(tokenizer),
-        seed=config.optimizer.seed,
-        max_concurrent_samples=config.rollout.max_concurrent_samples,
-    )
-    bank = None
-    if collects_samples:
-        bank = Bank.open(
-            Path(config.output.run_dir) / "bank",
-            rank=dist.get_rank(),
-            num_ranks=dist.get_world_size(),
-            fingerprint=group_fingerprint(phases, train_prompts),
-            checkpoint_iteration=iteration,
-        )
-        if bank.report.restored:
-            console.info(f"bank: {bank.report}")
-        dist.barrier()  # a rank that appends while another still reads would confuse that one
-    return RolloutWorkers(Collector(maker, bank), LocalEngine.scope)
-
-
-def group_fingerprint(phases: tuple[Phase, ...], prompts: PromptStore) -> str:
-    """Of what decides which groups a run makes, but for the weights: those of another run are not to be trained on."""
-    settings = []
-    for phase in phases:
-        config = phase.config
-        recipe = [config.group_sizes, config.sampling, config.rollout.rm_type, config.rollout.hint_segments]
-        settings.append([phase.start, config.optimizer.seed, *map(str, recipe)])
-    return hashlib.sha256(json.dumps([prompts.fingerprint, settings]).encode()).hexdigest()[:16]

@@ -83,6 +83,14 @@ class Discovery:
         return state
 
 
+def own_address(host: str, port: int) -> str:
+    """The address that this machine sends from to reach another."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(found[0], socket.SOCK_DGRAM) as probe:
+        probe.connect(found[4])  # of a datagram socket: sends nothing
+        return probe.getsockname()[0]
+
+
 def announce(folder: Path, urls: Sequence[str]) -> Path:
     """Write the addresses of this node's servers where `Discovery` finds them. Remove the returned file at the end."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,14 @@ from typing import Any
 import numpy as np
 
 from gft_megatron.groups import WeightSpan
-from gft_megatron.rollout.engine import Completion, FinishReason, GenerateRequest, RequestAborted, RequestRefused
+from gft_megatron.rollout.engine import (
+    Completion,
+    FinishReason,
+    GenerateRequest,
+    Partial,
+    RequestAborted,
+    RequestRefused,
+)
 from gft_megatron.rollout.sglang.http import FailureKind, Http, WorkerError
 
 _UNUSED_POSITIONS = 2  # of a model's context: SGLang cuts max_new_tokens by so much, without a word
@@ -31,7 +38,8 @@ class PartialCompletion(RequestAborted):
     """What an aborted request had drawn until then, every token checked: never a sample, but one may go on from it."""
 
     def __init__(self, completion: Completion) -> None:
-        super().__init__(completion.request_id, f"aborted after {len(completion.token_ids)} tokens")
+        drawn = Partial(completion.token_ids, completion.log_probs, completion.weight_spans)
+        super().__init__(completion.request_id, f"aborted after {len(completion.token_ids)} tokens", drawn)
         self.completion = completion
         """Its `finish_reason` says LENGTH and means nothing."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -112,6 +111,7 @@ class SGLangEngine(RolloutEngine):
     """A client of all servers of a run."""
 
     scope: ClassVar[Literal["rank", "replica"]] = "replica"
+    is_reproducible: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class SGLangEngine(RolloutEngine):
         *,
         keys: Keys,
         model: ModelFacts,
-        weight_sync: Syncs | None = None,
+        weight_sync: Callable[[Http], Syncs] | None = None,
         asynchronous: bool = False,
         router_url: str | None = None,
         health: HealthLimits | None = None,
@@ -130,7 +130,7 @@ class SGLangEngine(RolloutEngine):
 
         Args:
             addresses: the servers as of now; asked again and again, since servers may come and go.
-            weight_sync: None everywhere but where this engine changes the weights.
+            weight_sync: makes what changes the servers' weights; None everywhere but on the one rank that does.
             asynchronous: weights may change while requests are in flight.
             router_url: of an sglang-router that requests go through, started with --disable-retries: its retries would
                 be second samples under one id. Everything else goes straight to the servers. Behind a router it is the
@@ -139,7 +139,8 @@ class SGLangEngine(RolloutEngine):
         self._addresses = addresses
         self._keys = keys
         self._model = model
-        self._weight_sync = weight_sync
+        self._make_weight_sync = weight_sync
+        self._weight_sync: Syncs | None = None
         self._asynchronous = asynchronous
         self._router_url = router_url
         self._probes = probes or ProbeLimits()
@@ -159,7 +160,6 @@ class SGLangEngine(RolloutEngine):
         self._failures: Counter[str] = Counter()
         self._retries = 0
         self._tokens: Counter[str] = Counter()
-        self._tokens_told: tuple[float, Counter[str]] | None = None
         self._sync_sec = 0.0
         self.weight_version = -1
 
@@ -235,16 +235,12 @@ class SGLangEngine(RolloutEngine):
             await self._http.close()
 
     def figures(self) -> dict[str, float]:
-        """Metrics as of now; tokens a second are since the call before."""
-        now, tokens = time.monotonic(), Counter(self._tokens)
-        then, before = self._tokens_told or (now, tokens)
-        self._tokens_told = now, tokens
-        seconds = max(now - then, 1e-9)
+        """Metrics as of now; counts are since the engine was made. To be asked in its event loop."""
         loads = [watcher.load for watcher in self._watchers.values() if watcher.load is not None]
         states = Counter(worker.state for worker in self._fleet.workers.values())
         return {
             **{f"workers_{state}": float(states[state]) for state in State},
-            **{f"tokens_per_sec/{url.partition('://')[2]}": (n - before[url]) / seconds for url, n in tokens.items()},
+            **{f"tokens/{url.partition('://')[2]}": float(n) for url, n in self._tokens.items()},
             **{f"failures/{kind}": float(n) for kind, n in self._failures.items()},
             "running": float(sum(load.running for load in loads)),
             "queued": float(sum(load.queued for load in loads)),
@@ -420,6 +416,8 @@ class SGLangEngine(RolloutEngine):
     def _open(self) -> None:
         if self._http is None:
             self._http = Http(self._keys)
+            if self._make_weight_sync is not None:
+                self._weight_sync = self._make_weight_sync(self._http)
             self._list_workers()
             self._overseer = asyncio.ensure_future(self._guarded(self._oversee()))
 

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 import torch.distributed as dist
 from torch import Tensor
 
+from gft_megatron.rollout.sglang.addresses import own_address
 from gft_megatron.rollout.sglang.http import FailureKind, Http, WorkerError
 from gft_megatron.rollout.sglang.weight_sync.buckets import Bucket, buckets
 from gft_megatron.rollout.sglang.weight_sync.interface import WeightSync
@@ -191,7 +192,8 @@ async def _form(http: Http, update: Update, *, backend: str, timeout_sec: float)
     await update.on_each(ask_size)
     if update.live != urls:
         return None
-    address = _own_address(urls[0])
+    server = urlsplit(urls[0])
+    address = own_address(server.hostname, server.port)
     with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as listener:
         port = listener.getsockname()[1]
         timeout = timedelta(seconds=timeout_sec)
@@ -258,15 +260,6 @@ async def _forget(http: Http, url: str, name: str) -> None:
     with contextlib.suppress(WorkerError):  # it has no such group, or is no more
         path = "/destroy_weights_update_group"
         await http.call(url, path, {"group_name": name}, timeout_sec=_ANSWER_SEC, admin=True)
-
-
-def _own_address(url: str) -> str:
-    """The address that this machine sends from to reach a server."""
-    parts = urlsplit(url)
-    found = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(found[0], socket.SOCK_DGRAM) as probe:
-        probe.connect(found[4])  # of a datagram socket: sends nothing
-        return probe.getsockname()[0]
 
 
 async def num_ranks(http: Http, url: str) -> int:
