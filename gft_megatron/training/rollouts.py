@@ -94,7 +94,8 @@ class RolloutWorkers:
             collector: of this rank; None where it has no engine.
             scope: `RolloutEngine.scope`: on which ranks the engines are.
             loop: where the collector's engine lives; its owner is this object from now on.
-            watch: told a few times a second where the collection is that this rank waits for, with the engine's figures.
+            watch: told a few times a second where the collection is that this rank waits for, and the figures of its
+                engine.
         """
         self._collector = collector
         self._engine = None if collector is None else collector.maker.engine
