@@ -6,8 +6,8 @@ For trying things out, and for machines that only generate; a training run can s
     python tools/make_tiny_model.py --output tiny
     python tools/sglang_worker.py --model tiny --device cpu --num-workers 2
 
-The keys are those of GFT_SGLANG_API_KEY and GFT_SGLANG_ADMIN_KEY, or new ones, which are written to a file that only you
-can read: source it where the training starts.
+The keys are those of GFT_SGLANG_API_KEY and GFT_SGLANG_ADMIN_KEY, or new ones, which are written to a file that only
+you can read: source it where the training starts.
 """
 
 from __future__ import annotations
