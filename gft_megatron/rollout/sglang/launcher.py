@@ -20,7 +20,7 @@ from typing import Literal
 from gft_megatron.rollout.sglang import guard
 from gft_megatron.rollout.sglang.dialect import Dialect, probe_dialect
 from gft_megatron.rollout.sglang.http import FailureKind, Http, Keys, WorkerError
-from gft_megatron.rollout.sglang.keys import key_variables, refuse_open_server
+from gft_megatron.rollout.sglang.keys import is_loopback, key_variables, refuse_open_server
 
 _log = logging.getLogger(__name__)
 
@@ -137,10 +137,10 @@ class Launcher:
 
         Raises:
             ChildProcessError: a server ended, or was not ready in time; none is left running.
-            OSError: a port is taken.
+            OSError: a port is taken, or the address is none of this machine's that others reach.
         """
         for server in self._servers:
-            _refuse_taken_port(self._options.host, server.port)
+            _refuse_bad_address(self._options.host, server.port)
         try:
             for server in self._servers:
                 self._spawn(server)
@@ -297,8 +297,10 @@ def _environment(options: LaunchOptions, keys: Keys, index: int) -> dict[str, st
     return {**kept, **options.environment, **key_variables(keys)}
 
 
-def _refuse_taken_port(host: str, port: int) -> None:
+def _refuse_bad_address(host: str, port: int) -> None:
     family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+    if is_loopback(address[0]) and not is_loopback(host):
+        raise OSError(f"{host} is {address[0]} here, which others cannot reach: give this machine's address instead")
     with socket.socket(family, kind) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
