@@ -13,6 +13,7 @@ you can read: source it where the training starts.
 from __future__ import annotations
 
 import logging
+import shlex
 import signal
 import sys
 import threading
@@ -51,8 +52,8 @@ class Workers:
     """Where each server's log goes."""
     keys_file: Path = Path.home() / ".cache/gft_megatron/sglang_keys"
     """Where new keys are written to."""
-    sglang_arguments: tuple[str, ...] = ()
-    """More flags for SGLang."""
+    sglang_arguments: str = ""
+    """More flags for SGLang, in one word: --sglang-arguments="--mem-fraction-static 0.9 --enable-metrics"."""
 
 
 def serve(settings: Workers) -> None:
@@ -66,7 +67,7 @@ def serve(settings: Workers) -> None:
         device=settings.device,
         host=settings.host,
         port=settings.port,
-        extra_arguments=settings.sglang_arguments,
+        extra_arguments=tuple(shlex.split(settings.sglang_arguments)),
     )
     with Launcher(options, keys, settings.log_folder) as launcher:
         print(f"starting {options.num_workers} (logs in {settings.log_folder}) ...", flush=True)

@@ -7,11 +7,11 @@ interpreter. Without one, the tests are skipped.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ports import free_ports
 from programs import CHECKOUT, load_program
 
 from gft_megatron.rollout.sglang.http import Keys
@@ -76,18 +76,3 @@ def sglang_launcher(
 def sglang_workers(sglang_launcher: Launcher) -> tuple[str, str]:
     """Their addresses."""
     return sglang_launcher.urls
-
-
-def free_ports(count: int) -> int:
-    """The first of so many ports in a row that nobody listens on."""
-    while True:
-        with socket.socket() as first:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-        if port + count < 65536 and all(_is_free(port + index) for index in range(count)):
-            return port
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0

@@ -3,11 +3,15 @@
 import dataclasses
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import tyro
+from programs import load_program
 
 from gft_megatron.command_line import parse_args
+from gft_megatron.rollout.sglang.keys import keys_for_launch, read_keys
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ["qwen2.5-0.5b-gsm8k.sh", "qwen2.5-math-7b-numina.sh", "slurm_multinode.sbatch"]
@@ -26,9 +30,9 @@ SLURM = {
 }
 
 
-def arguments_of(recipe, folder, *flags, **environment):
+def arguments_of(recipe, folder, *flags, stubs=None, **environment):
     """Arguments for torchrun and for the program."""
-    for name, command in STUBS.items():
+    for name, command in {**STUBS, **(stubs or {})}.items():
         (folder / name).write_text(f"#!/bin/sh\n{command}\n")
         (folder / name).chmod(0o755)
     record = folder / "record"
@@ -77,6 +81,34 @@ def test_slurm_differs_from_one_node_in_the_launcher_only(tmp_path):
     assert one_node == ["--standalone", "--nproc-per-node", "8"]
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-id", "31", "--rdzv-endpoint", "node7:29500"]
     assert nodes == ["--nnodes", "2", "--nproc-per-node", "8", *rendezvous]
+
+
+def test_slurm_with_servers(tmp_path):
+    # In python's place: notes what it is called with, as a server's node would, and says where it serves.
+    worker = """case "$1" in
+        -c) exec "$PYTHON" "$@" ;;
+        *) printf '%s\\0' "$@" >"$RECORD.server"
+           env | grep -o '^GFT_SGLANG_[A-Z]*_KEY=.*' | sort >"$RECORD.keys"
+           mkdir -p "$RUN_DIR/sglang/job-31" && touch "$RUN_DIR/sglang/job-31/node8.urls" && exec sleep 100 ;;
+    esac"""
+    run = str(tmp_path / "run")
+    addresses = f"{run}/sglang/job-31"
+    sleep = """[ "$1" = 100 ] && exec /bin/sleep 100; /bin/sleep 0.05"""
+    training, flags = arguments_of(
+        "slurm_sglang.sbatch", tmp_path, "--lr", "3e-5",
+        stubs={"python": worker, "sleep": sleep}, PYTHON=sys.executable, RUN_DIR=run, SGLANG_PYTHON="env/bin/python",
+        SERVER_NODES="1", SERVER_GPUS="4", SLURMD_NODENAME="node8",
+    )  # fmt: skip
+    _, expected = arguments_of("slurm_multinode.sbatch", tmp_path, RUN_DIR=run)
+    assert training[:4] == ["--nnodes", "1", "--nproc-per-node", "8"]
+    assert flags == [*expected, "--rollout-engine", "sglang", "--sglang-discovery", addresses, "--lr", "3e-5"]
+    program, *given = (tmp_path / "record.server").read_text().split("\0")[:-1]
+    workers = tyro.cli(load_program(program).Workers, args=given)
+    assert (workers.host, workers.num_workers, workers.tensor_parallel_size) == ("node8", 2, 4)
+    assert (str(workers.discovery), str(workers.python)) == (addresses, "env/bin/python")
+    keys = dict(line.split("=") for line in (tmp_path / "record.keys").read_text().splitlines())
+    assert keys_for_launch(keys) == read_keys(keys)
+    assert not any(key in " ".join([*training, *flags, *given]) for key in keys.values())
 
 
 def test_gsm8k_trains_two_epochs(tmp_path):

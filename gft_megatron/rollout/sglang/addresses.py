@@ -27,7 +27,14 @@ def parse_url(text: str) -> str:
         port = parts.port
     except ValueError:
         parts = port = None
-    if parts is None or not port or parts.scheme not in ("http", "https") or parts.path or parts.query:
+    if (
+        parts is None
+        or not port
+        or parts.scheme not in ("http", "https")
+        or parts.path
+        or parts.query
+        or parts.fragment
+    ):
         raise ValueError(f"{text.strip()!r} is no address of a server: expected http://HOST:PORT")
     if not _HOST.fullmatch(parts.netloc.rpartition(":")[0]):
         raise ValueError(f"{text.strip()!r}: expected http://HOST:PORT, with no user, password or other characters")

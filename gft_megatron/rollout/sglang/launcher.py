@@ -20,7 +20,7 @@ from typing import Literal
 from gft_megatron.rollout.sglang import guard
 from gft_megatron.rollout.sglang.dialect import Dialect, probe_dialect
 from gft_megatron.rollout.sglang.http import FailureKind, Http, Keys, WorkerError
-from gft_megatron.rollout.sglang.keys import key_variables, refuse_open_server
+from gft_megatron.rollout.sglang.keys import is_loopback, key_variables, refuse_open_server
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +29,10 @@ _FIRST_BACK_OFF_SEC = 1.0
 _LONGEST_BACK_OFF_SEC = 60.0
 _SETTLED_SEC = 600.0
 """A server that ran for so long has shown that it can: its restarts are forgotten."""
-_TAIL_BYTES = 2000
+_TAIL_BYTES, _TAIL_LINES = 4000, 8
+# Asked to end, a server looks every 5 s, then gives its GPU memory back. On a CPU it may as well be killed.
+_GRACE_SEC = {"cuda": 30.0, "cpu": 0.0}
+_OURS = ("--config", "--api-key", "--admin-api-key", "--host", "--port", "--model-path", "--device")
 
 # Of the trainer's own processes: torch takes a few of them for its own even where it is told otherwise.
 _NOT_FOR_SERVERS = ("MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
@@ -85,6 +88,9 @@ class LaunchOptions:
             )
         if not 1024 <= self.port <= 65536 - self.num_workers:
             raise ValueError(f"port {self.port} with {self.num_workers} servers: ports go from 1024 to 65535")
+        ours = [argument for argument in self.extra_arguments if argument.partition("=")[0] in _OURS]
+        if ours:
+            raise ValueError(f"{ours[0].partition('=')[0]} is ours to give to SGLang: keys come by the environment")
 
 
 @dataclass(eq=False)
@@ -131,10 +137,10 @@ class Launcher:
 
         Raises:
             ChildProcessError: a server ended, or was not ready in time; none is left running.
-            OSError: a port is taken.
+            OSError: a port is taken, or the address is none of this machine's that others reach.
         """
         for server in self._servers:
-            _refuse_taken_port(self._options.host, server.port)
+            _refuse_bad_address(self._options.host, server.port)
         try:
             for server in self._servers:
                 self._spawn(server)
@@ -161,7 +167,7 @@ class Launcher:
         running = [server.process for server in self._servers if server.process is not None]
         for process in running:
             process.terminate()
-        deadline = time.monotonic() + guard.GRACE_SEC + 5.0
+        deadline = time.monotonic() + _GRACE_SEC[self._options.device] + 10.0
         for process in running:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
@@ -184,10 +190,11 @@ class Launcher:
             if self._closing.is_set():
                 return False
             server.log.parent.mkdir(parents=True, exist_ok=True)
+            grace = str(_GRACE_SEC[self._options.device])
             with server.log.open("ab", buffering=0) as log:
                 log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(server.command)}\n".encode())
                 server.process = subprocess.Popen(
-                    [sys.executable, "-I", guard.__file__, str(os.getpid()), *server.command],
+                    [sys.executable, "-I", guard.__file__, str(os.getpid()), grace, *server.command],
                     env=server.environment,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -290,8 +297,10 @@ def _environment(options: LaunchOptions, keys: Keys, index: int) -> dict[str, st
     return {**kept, **options.environment, **key_variables(keys)}
 
 
-def _refuse_taken_port(host: str, port: int) -> None:
+def _refuse_bad_address(host: str, port: int) -> None:
     family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+    if is_loopback(address[0]) and not is_loopback(host):
+        raise OSError(f"{host} is {address[0]} here, which others cannot reach: give this machine's address instead")
     with socket.socket(family, kind) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -302,10 +311,13 @@ def _refuse_taken_port(host: str, port: int) -> None:
 
 def _how_it_ended(server: _Server) -> str:
     status = server.process.returncode
-    return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+    if status < 0:
+        return f"lost its guard to signal {-status}"
+    return f"was killed by signal {status - 128}" if status > 128 else f"ended with status {status}"
 
 
 def _end_of(log: Path) -> str:
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
-        return f"{log} ends with: {file.read().decode(errors='replace').strip()}"
+        lines = file.read().decode(errors="replace").splitlines()
+    return "\n".join([f"{log} ends with:", *lines[-_TAIL_LINES:]])

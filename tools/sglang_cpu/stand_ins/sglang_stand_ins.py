@@ -107,21 +107,34 @@ class _Finder(MetaPathFinder, Loader):
         pass
 
 
-class _BeforeTorchvision(MetaPathFinder):
-    """First in sys.meta_path: declares the operators that torchvision is about to register shapes for."""
+class _Before(MetaPathFinder):
+    """First in sys.meta_path: does what has to be done before a package is imported."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        if name == "torchvision":
-            sys.meta_path.remove(self)
-            import torch
+        if name in _BEFORE:
+            _BEFORE.pop(name)()
 
-            if torch.version.cuda is None:  # otherwise torchvision brings its own
-                self.library = torch.library.Library("torchvision", "DEF")
-                self.library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-                self.library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-                _KEPT.append(self.library)  # an operator lives as long as its library
+
+def _declare_torchvision_operators() -> None:
+    import torch
+
+    if torch.version.cuda is None:  # otherwise torchvision brings its own
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _KEPT.append(library)  # an operator lives as long as its library
+
+
+def _fork_instead_of_spawn() -> None:
+    """SGLang starts its processes anew because CUDA does not survive a fork. Here each import would be all they do for
+    ten seconds, three times a server."""
+    import multiprocessing
+
+    set_start_method = multiprocessing.set_start_method
+    multiprocessing.set_start_method = lambda method, force=False: set_start_method("fork", force)
 
 
 _KEPT: list[Any] = []
-sys.meta_path.insert(0, _BeforeTorchvision())
+_BEFORE = {"torchvision": _declare_torchvision_operators, "sglang": _fork_instead_of_spawn}
+sys.meta_path.insert(0, _Before())
 sys.meta_path.append(_Finder())
