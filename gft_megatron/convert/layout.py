@@ -7,7 +7,7 @@ Legend: r rows of a part, w columns (missing for a bias), p tensor-parallel size
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -64,25 +64,27 @@ def shard(parts: Sequence[Sliceable], spec: TensorSpec, tp_rank: int, tp_size: i
     return torch.cat([rows.unflatten(0, (runs, -1)) for rows in own], dim=1).flatten(0, 1)
 
 
-def merge(shards: Sequence[Tensor], spec: TensorSpec) -> list[Tensor]:
+def merge(shards: Sequence[Tensor], spec: TensorSpec) -> Iterator[Tensor]:
     """The whole Hugging Face tensors, contiguous, in the order of `spec.part_shapes`; may be views of the shards.
+
+    Each is made when it is asked for.
 
     Args:
         shards: of all tensor-parallel ranks, in order; of a REPLICATED parameter one is enough. Padding is cut off.
     """
     if spec.layout is Layout.REPLICATED:
-        return [shards[0]]
-    if spec.layout is Layout.ROW:
-        return [_cat(shards, dim=1)]
-    if spec.layout is Layout.VOCAB:
-        return [_cat(shards, dim=0)[: spec.part_shapes[0][0]]]
-    runs = _runs_per_rank(spec, len(shards))
-    rows_in_run = [shape[0] // (len(shards) * runs) for shape in spec.part_shapes]
-    # [ranks][parts] of [runs, rows in a run, w]
-    pieces = [whole.unflatten(0, (runs, -1)).split(rows_in_run, dim=1) for whole in shards]
-    return [
-        _cat([piece.flatten(0, 1) for piece in pieces_of_part], dim=0) for pieces_of_part in zip(*pieces, strict=True)
-    ]
+        yield shards[0]
+    elif spec.layout is Layout.ROW:
+        yield _cat(shards, dim=1)
+    elif spec.layout is Layout.VOCAB:
+        yield _cat(shards, dim=0)[: spec.part_shapes[0][0]]
+    else:
+        runs = _runs_per_rank(spec, len(shards))
+        rows_in_run = [shape[0] // (len(shards) * runs) for shape in spec.part_shapes]
+        # [ranks][parts] of [runs, rows in a run, w]
+        pieces = [whole.unflatten(0, (runs, -1)).split(rows_in_run, dim=1) for whole in shards]
+        for pieces_of_part in zip(*pieces, strict=True):
+            yield _cat([piece.flatten(0, 1) for piece in pieces_of_part], dim=0)
 
 
 def _runs_per_rank(spec: TensorSpec, tp_size: int) -> int:

@@ -55,9 +55,12 @@ def merge_to_hf(shape: ModelShape, name: str, shards: Sequence[Tensor]) -> Itera
     hf_names, spec = hf_names_of(shape, name), tensor_spec(shape, name)
     if name == OUTPUT_LAYER and shape.tie_word_embeddings:
         return
-    for hf_name, whole, expected in zip(hf_names, merge(shards, spec), spec.part_shapes, strict=True):
+    parts = merge(shards, spec)
+    for hf_name, expected in zip(hf_names, spec.part_shapes, strict=True):
+        whole = next(parts)
         assert whole.shape == expected, f"{name}: shards merge to {hf_name} {tuple(whole.shape)}, expected {expected}"
         yield hf_name, whole
+        del whole  # before the next is made
 
 
 def expected_hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:

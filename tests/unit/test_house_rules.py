@@ -48,7 +48,9 @@ def test_the_package_is_imported_without_megatron():
 
 def test_losses_and_their_neighbours_know_no_process_group():
     allowed = {"training", "ops"}
-    assert offenders(allowed, lambda name: name.startswith("torch.distributed")) == []
+    # The group with the servers, of which the default group knows nothing.
+    broadcast = "gft_megatron/rollout/sglang/weight_sync/from_distributed.py"
+    assert offenders(allowed, lambda name: name.startswith("torch.distributed")) == [broadcast]
 
 
 def test_only_the_sglang_client_opens_sockets():
@@ -62,10 +64,15 @@ def test_only_ops_touches_the_operators():
     assert users <= {"ops"}
 
 
+# SGLang takes tensors in a request as a pickle only. That file makes one; no file of ours reads any.
+MAKES_A_PICKLE = ROOT / "gft_megatron/rollout/sglang/weight_sync/from_tensor.py"
+
+
 @pytest.mark.parametrize(
     "pattern",
     [
-        r"\bimport pickle\b", r"\bpickle\.loads?\(", r"(?<![.\w])eval\(", r"(?<![.\w])exec\(",
+        r"\bimport pickle\b", r"\bfrom pickle\b", r"\bUnpickler\b", r"\bpickle\.loads?\(",
+        r"(?<![.\w])eval\(", r"(?<![.\w])exec\(",
         r"shell=True", r"torch\.load\(",
         r"trust_remote_code\s*=\s*True", r"verify\s*=\s*False",
     ],
@@ -75,7 +82,7 @@ def test_nothing_runs_code_out_of_data(pattern):
         f"{p.relative_to(ROOT)}:{number}: {line.strip()}"
         for p in PROGRAMS
         for number, line in enumerate(p.read_text().splitlines(), 1)
-        if re.search(pattern, _without_prose(line))
+        if re.search(pattern, _without_prose(line)) and not (p == MAKES_A_PICKLE and line == "import pickle")
     ]
     assert hits == []
 

@@ -56,7 +56,7 @@ async def buckets(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Asyn
         buffer[used : used + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
         held.append((name, tensor.dtype, tensor.shape))
         used += tensor.nbytes
-        del tensor
+        del tensor  # before the next is made
         await asyncio.sleep(0)
     if held:
         yield full(is_last=True)

@@ -74,6 +74,7 @@ class FromDisk(WeightSync):
             for name, tensor in tensors:  # in this thread: each may be a collective
                 await to_its_end(asyncio.to_thread(writer.add, name, tensor))
                 num_bytes += tensor.numel() * self._dtype.itemsize
+                del tensor  # before the next is made
             await to_its_end(asyncio.to_thread(writer.publish))
         return num_bytes
 

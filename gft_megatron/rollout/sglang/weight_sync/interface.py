@@ -53,7 +53,8 @@ class WeightSync(ABC):
         Args:
             named_tensors: (Hugging Face name, whole tensor). Consumed to its end whatever happens, in the calling
                 thread: it may be a collective. A tensor is read before the next one is asked for.
-            allow_running: requests in flight wait, and go on with the new weights; otherwise the servers abort them.
+            allow_running: requests in flight wait and go on with the new weights; otherwise, and by servers before
+                0.5.21, they are aborted.
 
         Raises:
             ValueError, OSError: the weights could not be written. No worker has been touched.

@@ -34,7 +34,8 @@ async def updating(
     """Pause the workers for the body, which gives them the weights of `version`; after it they have it or have failed.
 
     Args:
-        allow_running: requests in flight wait and go on with the new weights; otherwise the servers abort them.
+        allow_running: requests in flight wait and go on with the new weights; otherwise, and by servers before 0.5.21,
+            they are aborted.
         in_session: the body sends tensors, which newer servers take only within a session.
         compare_checksums: workers whose weights differ from those of most fail. Takes servers of one parallel layout.
     """
@@ -94,7 +95,9 @@ class Update:
     async def open(self, url: str, *, allow_running: bool) -> None:
         self._dialects[url] = await probe_dialect(self._http, url)
         self._paused.append(url)  # before the call: it may be heard and its answer lost
-        await self._call(url, "/pause_generation", {"mode": "retract" if allow_running else "abort"})
+        # Before 0.5.21 a server that has to forget its cache while requests wait ends itself.
+        waiting = allow_running and self._dialects[url].needs_begin_end
+        await self._call(url, "/pause_generation", {"mode": "retract" if waiting else "abort"})
         found = await weight_version(self._http, url)
         if memory.is_released(found):
             await memory.resume_weights(self._http, url, found)
