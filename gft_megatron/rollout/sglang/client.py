@@ -76,6 +76,29 @@ class ModelFacts:
         return min(request.sampling.max_new_tokens, self.max_positions - _UNUSED_POSITIONS - len(request.prompt_ids))
 
 
+def request_body(request: GenerateRequest, model: ModelFacts, rid: str) -> dict[str, Any]:
+    """What /generate is sent. Whatever a server may have a default for (--preferred-sampling-params) is given."""
+    return {
+        "input_ids": request.prompt_ids,
+        "rid": rid,
+        "return_logprob": True,
+        "sampling_params": {
+            "max_new_tokens": model.max_new_tokens(request),
+            "temperature": request.sampling.temperature,
+            "top_p": request.sampling.top_p,
+            "stop_token_ids": sorted(model.eos_token_ids),
+            "skip_special_tokens": False,
+            "top_k": -1,
+            "min_p": 0.0,
+            "frequency_penalty": 0.0,
+            "presence_penalty": 0.0,
+            "repetition_penalty": 1.0,
+            "min_new_tokens": 0,
+            "ignore_eos": False,
+        },
+    }
+
+
 async def generate(
     http: Http,
     url: str,
@@ -100,34 +123,13 @@ async def generate(
         WorkerError: there is no answer, or it is not a whole and plausible response.
         ValueError: the server ends responses at tokens that do not end them in this run.
     """
-    max_new_tokens = model.max_new_tokens(request)
-    body = {
-        "input_ids": request.prompt_ids,
-        "rid": rid,
-        "return_logprob": True,
-        "sampling_params": {
-            "max_new_tokens": max_new_tokens,
-            "temperature": request.sampling.temperature,
-            "top_p": request.sampling.top_p,
-            "stop_token_ids": sorted(model.eos_token_ids),
-            "skip_special_tokens": False,
-            # A server may have defaults of its own for these (--preferred-sampling-params).
-            "top_k": -1,
-            "min_p": 0.0,
-            "frequency_penalty": 0.0,
-            "presence_penalty": 0.0,
-            "repetition_penalty": 1.0,
-            "min_new_tokens": 0,
-            "ignore_eos": False,
-        },
-    }
-    answer = await http.call(url, "/generate", body, timeout_sec=timeout_sec)
+    answer = await http.call(url, "/generate", request_body(request, model, rid), timeout_sec=timeout_sec)
     try:
         completion, finish = _read_answer(answer, rid, model.vocab_size)
         _check_versions(completion, url, oldest_version)
         if finish.get("type") == "abort":
             raise PartialCompletion(completion)
-        return _finished(completion, finish, max_new_tokens, model.eos_token_ids, url)
+        return _finished(completion, finish, model.max_new_tokens(request), model.eos_token_ids, url)
     except _Malformed as error:
         raise WorkerError(url, FailureKind.MALFORMED, f"request {rid}: {error}") from None
 

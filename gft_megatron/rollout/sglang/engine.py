@@ -353,6 +353,9 @@ class SGLangEngine(RolloutEngine):
 
     async def _abort_at(self, url: str, rid: str) -> None:
         assert self._http is not None
+        worker = self._fleet.workers.get(url)
+        if worker is not None and worker.state is State.DEAD and worker.misses:  # each would wait for nothing
+            return
         async with self._abort_slots:
             try:
                 await client.abort(self._http, url, rid, timeout_sec=self._limits.abort_sec)
@@ -418,7 +421,10 @@ class SGLangEngine(RolloutEngine):
             self._http = Http(self._keys)
             if self._make_weight_sync is not None:
                 self._weight_sync = self._make_weight_sync(self._http)
-            self._list_workers()
+            try:
+                self._list_workers()
+            except ValueError as error:  # told by the next `generate`: whoever updates weights has a collective to end
+                self._fatal = error
             self._overseer = asyncio.ensure_future(self._guarded(self._oversee()))
 
     def _list_workers(self) -> None:
