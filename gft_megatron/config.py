@@ -143,10 +143,11 @@ class RolloutConfig:
     """Prompts begun for a rollout; drawing stops when --rollout-batch-size groups are done, and the rest comes first
     in the next rollout. Default --rollout-batch-size. Needs servers."""
     partial_rollout: bool = False
-    """Go on with samples that over-sampling stopped half-way, instead of drawing them anew. Needs --max-staleness."""
+    """Go on with samples that over-sampling stopped half-way, instead of drawing them anew; one of --max-staleness is
+    theirs."""
     max_staleness: int = 0
-    """Rollouts collected ahead while others are trained on, hence the most that a sample's weights may be behind. 0:
-    generation and training take turns. Needs servers; --tis-clip corrects for it."""
+    """Most rollouts that are trained on between the drawing of a sample's first token and its own training. 0:
+    generation and training take turns; else the servers draw so many rollouts ahead. --tis-clip corrects for it."""
     hint_segments: int = 0
     """Pieces that an expert's response is cut into, the first of which own samples may begin with (UFT); the paper's
     number is 5. 0: no hints."""
@@ -372,6 +373,11 @@ class RunConfig:
             keep_partial=rollout.partial_rollout,
             max_staleness=rollout.max_staleness,
         )
+
+    @property
+    def rollouts_ahead(self) -> int:
+        """Rollouts that are drawn while others are trained on."""
+        return self.rollout.max_staleness - self.rollout.partial_rollout
 
     @property
     def needs_advantages(self) -> bool:

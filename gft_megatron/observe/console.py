@@ -122,7 +122,7 @@ class LogConsole(Console):
         self._stream = stream
         self._newest = Newest(train_iters)
         self._log_every = log_every
-        self._last_news = time.monotonic()
+        self._last_news: float | None = None
 
     def info(self, text: str) -> None:
         self._print(text)
@@ -149,12 +149,14 @@ class LogConsole(Console):
 
     def doing(self, text: str) -> None:
         now = time.monotonic()
+        if self._last_news is None:
+            self._last_news = now
         if now - self._last_news >= _STAGE_NEWS_SEC:
             self._last_news = now
             self._print(f"{text} ...")
 
     def step(self, step: int, figures: Mapping[str, float]) -> None:
-        self._last_news = time.monotonic()
+        self._last_news = None
         self._newest.update(step, figures)
         train_iters = self._newest.train_iters
         if is_evaluation(figures):

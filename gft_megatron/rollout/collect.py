@@ -86,15 +86,18 @@ class Collector:
         *,
         enough: Enough | None = None,
         keep_partial: bool = False,
+        oldest_version: int = -1,
     ) -> Collected:
         """Make the groups of `draws`, all or until there are enough.
 
         Args:
             draws: with ids that are distinct over all collectors of this rollout.
             keep_partial: a later rollout goes on with what was drawn of groups that were left; else it starts anew.
+            oldest_version: groups that were left, and have tokens of older weights, are drawn anew.
         """
         round_ = Round(is_stopping=enough is not None and enough.num_groups == 0)
         news = self.news = CollectNews(num_draws=len(draws))
+        self._forget_older(oldest_version)
         stored = self._stored(draws) | self._spare.keys()
         # No more of them can have a request with the engine; the rest of the queue is numbers only.
         most_in_flight = self.maker.max_concurrent_samples
@@ -242,6 +245,14 @@ class Collector:
             return None
         round_.counts.refilled_samples += n_self - recipe.n_self
         return Group(prompt, whole) if whole else None  # a row without responses makes no group
+
+    def _forget_older(self, version: int) -> None:
+        for key, samples in list(self._begun.items()):
+            if any(span.version < version for sample in samples.values() for span in sample.weight_spans):
+                del self._begun[key]
+        for key, group in list(self._spare.items()):
+            if any(span.version < version for sample in group.samples for span in sample.weight_spans):
+                del self._spare[key]
 
     def _stored(self, draws: Sequence[Draw]) -> Set[GroupKey]:
         """The groups that a run before this one had finished."""

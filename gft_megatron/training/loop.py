@@ -135,10 +135,10 @@ def _collect(phase: Phase, run: Run, progress: Progress) -> Rollout:
 def _collect_ahead(phase: Phase, run: Run, progress: Progress) -> None:
     """Let the servers draw the next rollouts while this one is trained on; --max-staleness says how many."""
     config = phase.config
-    if not config.rollout.max_staleness or not config.group_sizes.n_self:
+    if not config.rollouts_ahead or not config.group_sizes.n_self:
         return
     _update_weights(run, progress)
-    while run.workers.num_ahead < config.rollout.max_staleness:
+    while run.workers.num_ahead < config.rollouts_ahead:
         rollouts_before = 1 + run.workers.num_ahead
         step = progress.iteration - phase.start + rollouts_before * config.steps_per_rollout
         if step >= config.train_iters:

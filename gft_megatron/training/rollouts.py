@@ -104,6 +104,8 @@ class RolloutWorkers:
         self._rates = Rates()
         self._version = -1
         self._trained_versions: list[int] = []
+        self._rollout_id = 0
+        """The rollout whose turn it is, or was last."""
         self._ahead: deque[_Round] = deque()
         self._planned: deque[tuple[int, tuple[tuple[GroupKey, int], ...]]] = deque()
         """Rollouts that a run before this one had begun, with their draws."""
@@ -166,6 +168,7 @@ class RolloutWorkers:
         own_keys: list[GroupKey] = []
         known = [v for v in self._trained_versions if v < version]
         self._trained_versions = [*known[-_LONGEST_STALENESS:], version]
+        self._rollout_id = rollout_id
         if self._ahead and self._ahead[0].rollout_id == rollout_id:
             round_ = self._ahead.popleft()
         else:
@@ -331,7 +334,14 @@ class RolloutWorkers:
                     (rules.num_groups + self._size - 1 - self._index) // self._size, rules.skip_zero_variance
                 )
             mine = self._loop.submit(
-                self._collector.collect(prompts, share, recipe, enough=enough, keep_partial=rules.keep_partial)
+                self._collector.collect(
+                    prompts,
+                    share,
+                    recipe,
+                    enough=enough,
+                    keep_partial=rules.keep_partial,
+                    oldest_version=self._oldest_version(rules.max_staleness, rollout_id),
+                )
             )
         return _Round(rollout_id, draws, mine)
 
@@ -375,6 +385,14 @@ class RolloutWorkers:
             [key for key, is_kept in zip(keys, kept.tolist(), strict=True) if is_kept],
             batch.select(of_kept.nonzero()[:, 0].tolist()),
         )
+
+    def _oldest_version(self, max_staleness: int, rollout_id: int) -> int:
+        """Of the weights that tokens may be drawn with already, to be trained on in the turn of this rollout."""
+        still_to_train = rollout_id - self._rollout_id
+        trained_since = max_staleness - still_to_train
+        if trained_since < 0:
+            return self._version
+        return self._trained_versions[-1 - trained_since] if trained_since < len(self._trained_versions) else -1
 
     def _staleness(self, batch: Batch) -> Tensor:  # [n] int64
         """Rollouts trained since the oldest token of each sample was drawn; 0 for recorded responses."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -128,6 +128,10 @@ async def generate(
         completion, finish = _read_answer(answer, rid, model.vocab_size)
         _check_versions(completion, url, oldest_version)
         if finish.get("type") == "abort":
+            if len(completion.token_ids) and completion.token_ids[-1] in model.eos_token_ids:
+                return replace(completion, finish_reason=FinishReason.STOP)
+            if len(completion.token_ids) == model.max_new_tokens(request):
+                return completion  # it had ended when the abort came
             raise PartialCompletion(completion)
         return _finished(completion, finish, model.max_new_tokens(request), model.eos_token_ids, url)
     except _Malformed as error:
