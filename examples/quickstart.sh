@@ -6,6 +6,7 @@
 # The task is countdown: `3,5,8=7:` wants an expression of the three digits that gives 7. A model of 0.4M parameters is
 # warmed up on mixed answers (SFT), then trained by GFT on groups of 1 expert, 3 teacher and 4 own answers, on two ranks
 # under tensor parallelism. `--pipeline-model-parallel-size 2` puts the two ranks in a pipeline instead.
+# ROLLOUT_ENGINE=sglang has the own answers drawn by a real SGLang server on the CPU (another environment, 1.8 GB).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -27,6 +28,18 @@ mkdir -p "$run_dir"
 
 started=$SECONDS
 bash tools/install.sh "${PYTHON:-python3}" .venv
+engine=()
+case ${ROLLOUT_ENGINE:-local} in
+    local) ;;
+    sglang)
+        bash tools/sglang_cpu.sh .venv-sglang
+        engine=(--rollout-engine sglang --sglang-workers-per-node 1 --sglang-python .venv-sglang/bin/python)
+        ;;
+    *)
+        echo "error: ROLLOUT_ENGINE is $ROLLOUT_ENGINE; it has to be local or sglang" >&2
+        exit 2
+        ;;
+esac
 installed=$SECONDS
 export OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH"
 
@@ -76,7 +89,7 @@ train() {
 echo "== warm-up: supervised fine-tuning"
 [ -e "$run_dir/warmup/hf/config.json" ] || train "${COMMON_ARGS[@]}" "${WARMUP_ARGS[@]}" "${passed_on[@]}"
 echo "== Group Fine-Tuning"
-train "${COMMON_ARGS[@]}" "${GFT_ARGS[@]}" "${passed_on[@]}"
+train "${COMMON_ARGS[@]}" "${GFT_ARGS[@]}" "${engine[@]}" "${passed_on[@]}"
 finished=$SECONDS
 
 echo "== held-out accuracy before and after GFT (mean of 8 samples a problem)"

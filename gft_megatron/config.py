@@ -167,6 +167,8 @@ class EngineConfig:
     """File with such addresses, one a line; read again when it changes."""
     sglang_router_url: str | None = None
     """An sglang-router in front of them that requests go through; everything else goes straight to the servers."""
+    sglang_lost_timeout_sec: float = 90.0
+    """The run ends when no server could draw samples for so long; started again, it goes on."""
     sglang_workers_per_node: int = 0
     """Servers that this run starts, on each of its nodes, and stops."""
     sglang_python: str | None = None

@@ -255,6 +255,8 @@ def _require_consistent_rollout(config: RunConfig) -> None:
 
 def _require_servers(config: RunConfig) -> None:
     rollout, engine = config.rollout, config.engine
+    if not 0 < engine.sglang_lost_timeout_sec < math.inf:
+        raise ValueError(f"--sglang-lost-timeout-sec is {engine.sglang_lost_timeout_sec}; it has to be positive")
     over_sampling = rollout.over_sampling_batch_size
     if over_sampling is not None and over_sampling < rollout.rollout_batch_size:
         raise ValueError(

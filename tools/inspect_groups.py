@@ -24,9 +24,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from gft_megatron.groups import Sample
+from gft_megatron.groups import GroupKey, Sample
 from gft_megatron.observe.wording import inert
-from gft_megatron.rollout.bank import GroupKey
 from gft_megatron.rollout.bank.ledger import Entry, Ledger, ledger_paths, read_group, scan, valid_markers
 from gft_megatron.rollout.bank.records import samples_of
 

@@ -21,7 +21,7 @@ from gft_megatron.convert.model_shape import ModelShape
 from gft_megatron.observe.console import Console
 from gft_megatron.rollout.sglang.addresses import Discovery, own_address, parse_url, parse_urls
 from gft_megatron.rollout.sglang.client import ModelFacts
-from gft_megatron.rollout.sglang.engine import SGLangEngine
+from gft_megatron.rollout.sglang.engine import EngineLimits, SGLangEngine
 from gft_megatron.rollout.sglang.http import Keys
 from gft_megatron.rollout.sglang.keys import keys_for_launch, read_keys
 from gft_megatron.rollout.sglang.launcher import Launcher, LaunchOptions
@@ -86,6 +86,7 @@ def build_engine(config: RunConfig, servers: Servers, shape: ModelShape, eos_tok
         weight_sync=weight_sync,
         # An evaluation hands over weights while the next rollout is being drawn; --max-staleness may be a phase's own.
         asynchronous=True,
+        limits=EngineLimits(lost_sec=engine.sglang_lost_timeout_sec),
         router_url=None if engine.sglang_router_url is None else parse_url(engine.sglang_router_url),
     )
 
