@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from gft_megatron.groups import Group, Prompt, Sample, Source, WeightSpan
-from gft_megatron.rollout.bank import Bank, GroupKey
+from gft_megatron.groups import Group, GroupKey, Prompt, Sample, Source, WeightSpan
+from gft_megatron.rollout.bank import Bank
 
 
 def made_group(samples: int, tokens: int) -> Group:

@@ -40,7 +40,7 @@ def flags(model: Path, data: Path, run_dir: Path, urls: tuple[str, ...]) -> list
         "--hf-checkpoint", model, "--prompt-data", data / "train.jsonl", "--run-dir", run_dir,
         "--rm-type", "examples/countdown_reward.py:score",
         "--seq-length", 32, "--rollout-max-response-len", 6, "--rollout-batch-size", GROUPS,
-        "--loss", "gft", "--n-expert", 1, "--n-teacher", 1, "--n-self", 4, "--skip-zero-variance", "false",
+        "--loss", "gft", "--n-expert", 1, "--n-teacher", 1, "--n-self", 4, "--no-skip-zero-variance",
         "--lr", 1e-3, "--train-iters", STEPS, "--save-interval", SAVED, "--eval-interval", 0,
         "--tensor-model-parallel-size", 2, "--max-staleness", 1,
         "--rollout-engine", "sglang", "--sglang-urls", *urls, "--sglang-lost-timeout-sec", 4,
