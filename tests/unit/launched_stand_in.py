@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -60,6 +61,7 @@ def main() -> None:
     sys.stdout.write(f"{secret[20:]}\nunfinished {secret[:30]}")
     sys.stdout.flush()
     child = subprocess.Popen(["sleep", "600"])  # as the scheduler: holds the output, outlives a killed server
+    tempfile.mkstemp()
     with open(os.environ["PIDS"], "a") as file:
         file.write(f"{os.getpid()} {child.pid}\n")
     server = ThreadingHTTPServer(("127.0.0.1", int(flags["--port"])), Answers)
