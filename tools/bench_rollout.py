@@ -120,7 +120,9 @@ async def measure(settings: BenchRollout, keys: Keys) -> list[Row]:
     )
     engine = SGLangEngine(lambda: [settings.url], keys=keys, model=model, weight_sync=lambda http: _Version(keys))
     session = aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), headers=keys.headers(admin=False), timeout=aiohttp.ClientTimeout(None)
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0),  # as ours: a server drops idle ones after 5 s
+        headers=keys.headers(admin=False),
+        timeout=aiohttp.ClientTimeout(None),
     )
     await engine.update_weights([], 0)
     ways = [_Bare(session, settings, model), _Client(engine, settings), _Collect(engine, settings)]

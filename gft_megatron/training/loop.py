@@ -183,7 +183,8 @@ def _objective(phase: Phase, run: Run, step: int) -> Objective:
 
 def _update_weights(run: Run, progress: Progress) -> None:
     with run.timings.measure("update_weights"):
-        run.workers.update_weights(export_hf_tensors(run.chunks, run.shape), version=progress.iteration)
+        tensors = export_hf_tensors(run.chunks, run.shape, to_rank_zero=run.servers is not None)
+        run.workers.update_weights(tensors, version=progress.iteration)
 
 
 def _update(phase: Phase, run: Run, progress: Progress, rollout: Rollout) -> None:
