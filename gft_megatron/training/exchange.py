@@ -42,6 +42,31 @@ def max_over_ranks(values: list[float]) -> list[float]:
     return total.tolist()
 
 
+class FailedElsewhere(Exception):
+    """What another rank failed with, in its words."""
+
+
+def all_or_none(work: Callable[[], T]) -> T:
+    """Run `work` on every rank; collective. If it fails on one, it fails on all, and none waits for another.
+
+    Raises:
+        FailedElsewhere: it went well here, but not everywhere.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as failure:  # whatever it is, the others must not wait for it
+        error = failure
+    told: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, None if error is None else str(error) or type(error).__name__)
+    if error is not None:
+        raise error
+    for message in told:
+        if message is not None:
+            raise FailedElsewhere(message)
+    return result  # type: ignore[return-value]
+
+
 def on_rank_zero(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 and give everybody its result, or everybody its exception."""
     outcome: list[Any] = [None, None]

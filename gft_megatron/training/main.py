@@ -28,11 +28,13 @@ def main() -> None:
 
     cpu.install()
     from gft_megatron.training.checkpoint import CheckpointError
+    from gft_megatron.training.exchange import FailedElsewhere
     from gft_megatron.training.loop import train
 
+    told = (ValueError, OSError, FloatingPointError, RolloutError, FleetLost, FailedElsewhere, CheckpointError)
     try:
         train(config)
-    except (ValueError, OSError, FloatingPointError, RolloutError, FleetLost, CheckpointError) as error:
+    except told as error:
         if os.environ.get("GFT_MEGATRON_TRACEBACK") == "1":
             raise
         _fail(error, status=1)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gft_megatron.data.order import PromptOrder
 from gft_megatron.data.store import PromptStore
-from gft_megatron.groups import Batch, Group, GroupKey, Source
+from gft_megatron.groups import Batch, Group, GroupKey, Sample, Source
 from gft_megatron.observe.metrics import Rates
 from gft_megatron.rewriting import Place, RewrittenPrompts
 from gft_megatron.rollout.background import BackgroundLoop
@@ -34,7 +34,7 @@ from gft_megatron.rollout.counts import CollectCounts, CollectNews
 from gft_megatron.rollout.engine import Completion, FinishReason, SamplingParams
 from gft_megatron.rollout.figures import evaluation_figures, evaluation_sums
 from gft_megatron.rollout.recipe import GroupRecipe, RolloutRules
-from gft_megatron.training.exchange import gather_batch, max_over_ranks, sum_over_ranks
+from gft_megatron.training.exchange import all_or_none, gather_batch, max_over_ranks, sum_over_ranks
 from gft_megatron.training.parallel import is_replica_leader
 
 _LONGEST_STALENESS = 100
@@ -126,11 +126,15 @@ class RolloutWorkers:
         if version == self._version:  # known to every rank alike: the next lines are a collective
             return
         self._version = version
-        if self._engine is None:
-            for _ in named_tensors:
-                pass
-        else:
-            self._loop.run(self._engine.update_weights(named_tensors, version))
+
+        def hand_over() -> None:
+            if self._engine is None:
+                for _ in named_tensors:
+                    pass
+            else:
+                self._loop.run(self._engine.update_weights(named_tensors, version))
+
+        all_or_none(hand_over)
 
     def start(
         self,
@@ -258,17 +262,16 @@ class RolloutWorkers:
         self, store: PromptStore, places: list[Place], sampling: SamplingParams, *, name: str
     ) -> list[np.ndarray | None]:
         """The policy's own response for each place; None where it was empty, did not end, or did not come."""
-        mine: list[tuple[int, np.ndarray | None]] = []
+        share = range(0)
         if self._collector is not None:
             share = range(self._index, len(places), self._size)
-            completions = self._loop.run(
-                self._collector.draw(
-                    [store[places[i][0]] for i in share],
-                    sampling,
-                    names=[f"{name}/{places[i][0]}/{places[i][1]}" for i in share],
-                )
+            drawing = self._collector.draw(
+                [store[places[i][0]] for i in share],
+                sampling,
+                names=[f"{name}/{places[i][0]}/{places[i][1]}" for i in share],
             )
-            mine = [(i, _finished(completion)) for i, completion in zip(share, completions, strict=True)]
+        completions = all_or_none(lambda: [] if self._collector is None else self._loop.run(drawing))
+        mine = [(i, _finished(completion)) for i, completion in zip(share, completions, strict=True)]
         everybody: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everybody, mine)
         found = dict(pair for part in everybody for pair in part)
@@ -278,12 +281,14 @@ class RolloutWorkers:
         self, store: PromptStore, sampling: SamplingParams, *, num_samples: int, name: str
     ) -> dict[str, float]:
         """`evaluation_figures` of `num_samples` samples of each prompt."""
-        sums = evaluation_sums([])
-        if self._collector is not None:
+
+        def draw() -> list[list[Sample]]:
+            if self._collector is None:
+                return []
             prompts = [store[i] for i in range(self._index, len(store), self._size)]
-            samples = self._loop.run(self._collector.sample(prompts, num_samples, sampling, name=name))
-            sums = evaluation_sums(samples)
-        return evaluation_figures(sum_over_ranks(sums), num_samples)
+            return self._loop.run(self._collector.sample(prompts, num_samples, sampling, name=name))
+
+        return evaluation_figures(sum_over_ranks(evaluation_sums(all_or_none(draw))), num_samples)
 
     def close(self) -> None:
         self.discard_ahead()
@@ -351,8 +356,8 @@ class RolloutWorkers:
         batch = Batch.from_groups([], [])
         counts = CollectCounts()
         left: list[_Left] = []
-        if round_.mine is not None:
-            mine = self._loop.wait(round_.mine, self._tell)
+        mine = all_or_none(lambda: None if round_.mine is None else self._loop.wait(round_.mine, self._tell))
+        if mine is not None:
             groups, keys, batch, counts = mine.groups, mine.keys, mine.batch, mine.counts
             left = [_Left(draw.key, draw.row, self._index) for draw in mine.left]
             groups, keys, batch = self._without_stale(groups, keys, batch, counts, rules)
