@@ -69,7 +69,7 @@ class Site:
     async def __aenter__(self):
         self.http = Http(self.keys)
         self.engine = SGLangEngine(
-            lambda: self.workers, keys=self.keys, model=self.facts, weight_sync=self.sync, **self.options
+            lambda: self.workers, keys=self.keys, model=self.facts, weight_sync=lambda http: self.sync, **self.options
         )
         await self.engine.update_weights([], VERSION)
         return self

@@ -85,7 +85,7 @@ class Site:
             **{
                 "keys": Keys(),
                 "model": MODEL,
-                "weight_sync": self.sync,
+                "weight_sync": lambda http: self.sync,
                 "health": HealthLimits(**health | self.options.pop("health", {})),
                 "probes": ProbeLimits(every_sec=0.02, timeout_sec=self.options.pop("probe_timeout", 1.0)),
                 "limits": EngineLimits(**limits | self.options.pop("limits", {})),

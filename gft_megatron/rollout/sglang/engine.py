@@ -119,7 +119,7 @@ class SGLangEngine(RolloutEngine):
         *,
         keys: Keys,
         model: ModelFacts,
-        weight_sync: Syncs | None = None,
+        weight_sync: Callable[[Http], Syncs] | None = None,
         asynchronous: bool = False,
         router_url: str | None = None,
         health: HealthLimits | None = None,
@@ -130,7 +130,7 @@ class SGLangEngine(RolloutEngine):
 
         Args:
             addresses: the servers as of now; asked again and again, since servers may come and go.
-            weight_sync: None everywhere but where this engine changes the weights.
+            weight_sync: makes what changes the weights, of the engine's connections; None where another engine does.
             asynchronous: weights may change while requests are in flight.
             router_url: of an sglang-router that requests go through, started with --disable-retries: its retries would
                 be second samples under one id. Everything else goes straight to the servers. Behind a router it is the
@@ -139,7 +139,8 @@ class SGLangEngine(RolloutEngine):
         self._addresses = addresses
         self._keys = keys
         self._model = model
-        self._weight_sync = weight_sync
+        self._make_weight_sync = weight_sync
+        self._weight_sync: Syncs | None = None
         self._asynchronous = asynchronous
         self._router_url = router_url
         self._probes = probes or ProbeLimits()
@@ -348,7 +349,9 @@ class SGLangEngine(RolloutEngine):
         await self._abort_rid(call.target, call.rid)
         if not call.task.done():
             await asyncio.wait([call.task], timeout=self._limits.abort_sec)
+        if not call.task.done():  # its abort may have come before the request itself
             call.break_off(FailureKind.TIMED_OUT, "no answer to its abort")
+            await self._abort_rid(call.target, call.rid)
 
     async def _abort_rid(self, target: str, rid: str) -> None:
         # Behind a router nobody knows which server has a request.
@@ -423,6 +426,8 @@ class SGLangEngine(RolloutEngine):
     def _open(self) -> None:
         if self._http is None:
             self._http = Http(self._keys)
+            if self._make_weight_sync is not None:
+                self._weight_sync = self._make_weight_sync(self._http)
             try:
                 self._list_workers()
             except ValueError as error:  # told by the next `generate`: whoever updates weights has a collective to end
