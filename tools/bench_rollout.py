@@ -21,7 +21,7 @@ import random
 import statistics
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,16 +86,15 @@ class Row:
 class _Version:
     """Changes no weights."""
 
-    def __init__(self, keys: Keys) -> None:
-        self._keys = keys
+    def __init__(self, http: Http) -> None:
+        self._http = http
 
     async def push(
         self, urls: Sequence[str], named_tensors: Iterable[tuple[str, Tensor]], version: int, *, allow_running: bool
     ) -> Any:
-        async with Http(self._keys) as http:
-            for url in urls:
-                body = {"new_version": str(version), "abort_all_requests": False}
-                await http.call(url, "/update_weight_version", body, timeout_sec=30, admin=True)
+        for url in urls:
+            body = {"new_version": str(version), "abort_all_requests": False}
+            await self._http.call(url, "/update_weight_version", body, timeout_sec=30, admin=True)
         return SimpleNamespace(acknowledged=urls, failed={}, seconds=0.0)
 
     async def catch_up(self, url: str) -> bool:
@@ -112,13 +111,14 @@ class _Length(Reward):
         return float(len(response) % 2)
 
 
-async def measure(settings: BenchRollout, keys: Keys) -> list[Row]:
+async def measure(settings: BenchRollout, keys: Keys) -> AsyncIterator[Row]:
+    """The rows, as they are measured."""
     config = AutoConfig.from_pretrained(settings.hf_checkpoint)
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     model = ModelFacts(
         vocab_size=config.vocab_size, max_positions=config.max_position_embeddings, eos_token_ids=set(ends)
     )
-    engine = SGLangEngine(lambda: [settings.url], keys=keys, model=model, weight_sync=lambda http: _Version(keys))
+    engine = SGLangEngine(lambda: [settings.url], keys=keys, model=model, weight_sync=_Version)
     session = aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0),  # as ours: a server drops idle ones after 5 s
         headers=keys.headers(admin=False),
@@ -126,7 +126,6 @@ async def measure(settings: BenchRollout, keys: Keys) -> list[Row]:
     )
     await engine.update_weights([], 0)
     ways = [_Bare(session, settings, model), _Client(engine, settings), _Collect(engine, settings)]
-    rows = []
     try:
         for concurrency in settings.concurrency:
             speeds: dict[str, list[float]] = {way.name: [] for way in ways}
@@ -144,11 +143,10 @@ async def measure(settings: BenchRollout, keys: Keys) -> list[Row]:
             bare = statistics.median(speeds["bare"])
             for name, measured in speeds.items():
                 speed = statistics.median(measured)
-                rows.append(Row(concurrency, name, speed, speed / bare, statistics.median(costs[name])))
+                yield Row(concurrency, name, speed, speed / bare, statistics.median(costs[name]))
     finally:
         await session.close()
         await engine.close()
-    return rows
 
 
 def _prompts(settings: BenchRollout, concurrency: int, vocab_size: int, draw: random.Random) -> list[tuple[int, ...]]:
@@ -223,18 +221,21 @@ class _Collect:
         return int((batch.lengths - batch.prompt_lengths).sum())
 
 
-def show(rows: Sequence[Row]) -> None:
+async def show(settings: BenchRollout, keys: Keys) -> list[Row]:
     print(f"{'in flight':>9}  {'way':8}{'tokens/s':>10}{'ratio':>8}{'client_ms':>11}")
-    for row in rows:
-        print(f"{row.concurrency:>9}  {row.way:8}{row.tokens_per_sec:>10,.0f}{row.ratio:>8.3f}{row.client_ms:>11.2f}")
+    rows = []
+    async for row in measure(settings, keys):
+        speeds = f"{row.tokens_per_sec:>10,.0f}{row.ratio:>8.3f}{row.client_ms:>11.2f}"
+        print(f"{row.concurrency:>9}  {row.way:8}{speeds}", flush=True)
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
     try:
         settings = parse_flags(BenchRollout, description=__doc__)
         keys = Keys(os.environ.get("GFT_SGLANG_API_KEY"), os.environ.get("GFT_SGLANG_ADMIN_KEY"))
-        rows = asyncio.run(measure(settings, keys))
-        show(rows)
+        rows = asyncio.run(show(settings, keys))
         if settings.json is not None:
             settings.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     except (ValueError, OSError) as error:

@@ -110,6 +110,8 @@ class RolloutWorkers:
         self._planned: deque[tuple[int, tuple[tuple[GroupKey, int], ...]]] = deque()
         """Rollouts that a run before this one had begun, with their draws."""
         self._left: list[_Left] = []
+        self._owners: dict[GroupKey, int] = {}
+        """Which collector holds parts of the draws that were left before and are taken up again now."""
         if scope == "rank":
             self._index, self._size = dist.get_rank(), dist.get_world_size()
         else:
@@ -194,8 +196,8 @@ class RolloutWorkers:
             wanted = rules.num_groups - kept if rules.refill else rules.num_groups
             if (wanted := min(wanted, rules.most_draws - drawn)) <= 0:
                 break
-            fresh = [(GroupKey(rollout_id, drawn + number), row) for number, row in enumerate(order.take(wanted))]
-            round_ = self._begin(prompts, recipe, rules, rollout_id, fresh, first_id=drawn)
+            draws = self._take(order, rollout_id, wanted, first_id=drawn)
+            round_ = self._begin(prompts, recipe, rules, rollout_id, draws)
         if not kept:
             raise ValueError(
                 f"{drawn} prompts gave no group to train on: {collected.num_groups} had equal rewards, "
@@ -311,11 +313,17 @@ class RolloutWorkers:
         """With what earlier rollouts left, before anything new."""
         if self._planned and self._planned[0][0] == rollout_id:
             _, draws = self._planned.popleft()
-            return self._begin(prompts, recipe, rules, rollout_id, draws, first_id=0)
-        left = [(left.key, left.row) for left in self._left]
-        rows = order.take(max(0, rules.num_draws - len(left)))
-        fresh = [(GroupKey(rollout_id, number), row) for number, row in enumerate(rows)]
-        return self._begin(prompts, recipe, rules, rollout_id, [*left, *fresh], first_id=0)
+            return self._begin(prompts, recipe, rules, rollout_id, _numbered(draws))
+        return self._begin(prompts, recipe, rules, rollout_id, self._take(order, rollout_id, rules.num_draws))
+
+    def _take(self, order: PromptOrder, rollout_id: int, number: int, first_id: int = 0) -> list[Draw]:
+        """What was left, before anything new."""
+        left, self._left = self._left[:number], self._left[number:]
+        self._owners = {draw.key: draw.owner for draw in left}
+        fresh = enumerate(order.take(number - len(left)), first_id)
+        return _numbered(
+            [*((draw.key, draw.row) for draw in left), *((GroupKey(rollout_id, i), row) for i, row in fresh)], first_id
+        )
 
     def _begin(
         self,
@@ -323,16 +331,12 @@ class RolloutWorkers:
         recipe: GroupRecipe,
         rules: RolloutRules,
         rollout_id: int,
-        named_rows: Sequence[tuple[GroupKey, int]],
-        *,
-        first_id: int,
+        draws: list[Draw],
     ) -> _Round:
-        draws = tuple(Draw(key, first_id + i, row) for i, (key, row) in enumerate(named_rows))
-        owners = {left.key: left.owner for left in self._left}
-        self._left = []
         mine = None
         if self._collector is not None:
-            share = [draw for i, draw in enumerate(draws) if owners.get(draw.key, i % self._size) == self._index]
+            owner_of = self._owners.get
+            share = [draw for i, draw in enumerate(draws) if owner_of(draw.key, i % self._size) == self._index]
             enough = None
             if rules.is_over_sampling:
                 enough = Enough(
@@ -348,7 +352,7 @@ class RolloutWorkers:
                     oldest_version=self._oldest_version(rules.max_staleness, rollout_id),
                 )
             )
-        return _Round(rollout_id, draws, mine)
+        return _Round(rollout_id, tuple(draws), mine)
 
     def _finish(self, round_: _Round, rules: RolloutRules) -> tuple[list[Group], list[GroupKey], Batch, CollectCounts]:
         groups: list[Group] = []
@@ -429,6 +433,10 @@ def trained_part(
     if mask_truncated:
         kept &= ~batch.truncated
     return batch.select(kept.nonzero()[:, 0].tolist())
+
+
+def _numbered(named_rows: Sequence[tuple[GroupKey, int]], first_id: int = 0) -> list[Draw]:
+    return [Draw(key, i, row) for i, (key, row) in enumerate(named_rows, first_id)]
 
 
 def _finished(completion: Completion | None) -> np.ndarray | None:  # [response length] int64

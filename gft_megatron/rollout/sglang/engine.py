@@ -130,7 +130,7 @@ class SGLangEngine(RolloutEngine):
 
         Args:
             addresses: the servers as of now; asked again and again, since servers may come and go.
-            weight_sync: makes what changes the servers' weights; None everywhere but on the one rank that does.
+            weight_sync: makes what changes the weights, of the engine's connections; None where another engine does.
             asynchronous: weights may change while requests are in flight.
             router_url: of an sglang-router that requests go through, started with --disable-retries: its retries would
                 be second samples under one id. Everything else goes straight to the servers. Behind a router it is the
@@ -344,7 +344,9 @@ class SGLangEngine(RolloutEngine):
         await self._abort_rid(call.target, call.rid)
         if not call.task.done():
             await asyncio.wait([call.task], timeout=self._limits.abort_sec)
+        if not call.task.done():  # its abort may have come before the request itself
             call.break_off(FailureKind.TIMED_OUT, "no answer to its abort")
+            await self._abort_rid(call.target, call.rid)
 
     async def _abort_rid(self, target: str, rid: str) -> None:
         # Behind a router nobody knows which server has a request.
