@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import socket
 import time
 import uuid
@@ -191,7 +192,7 @@ async def _form(http: Http, update: Update, *, backend: str, timeout_sec: float)
     await update.on_each(ask_size)
     if update.live != urls:
         return None
-    address = _own_address(urls[0])
+    address = _own_address(urls)
     with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as listener:
         port = listener.getsockname()[1]
         timeout = timedelta(seconds=timeout_sec)
@@ -260,13 +261,17 @@ async def _forget(http: Http, url: str, name: str) -> None:
         await http.call(url, path, {"group_name": name}, timeout_sec=_ANSWER_SEC, admin=True)
 
 
-def _own_address(url: str) -> str:
-    """The address that this machine sends from to reach a server."""
-    parts = urlsplit(url)
-    found = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(found[0], socket.SOCK_DGRAM) as probe:
-        probe.connect(found[4])  # of a datagram socket: sends nothing
-        return probe.getsockname()[0]
+def _own_address(urls: Sequence[str]) -> str:
+    """An address of this machine that all these servers reach: one that it sends from to one of them."""
+    own = []
+    for url in urls:
+        parts = urlsplit(url)
+        found = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(found[0], socket.SOCK_DGRAM) as probe:
+            probe.connect(found[4])  # of a datagram socket: sends nothing
+            own.append(probe.getsockname()[0])
+    # Servers beside us reach the address that others need; the others do not reach loopback.
+    return next((address for address in own if not ipaddress.ip_address(address).is_loopback), own[0])
 
 
 async def num_ranks(http: Http, url: str) -> int:
