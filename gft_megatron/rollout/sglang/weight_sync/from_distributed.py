@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import socket
 import time
 import uuid
@@ -192,8 +193,7 @@ async def _form(http: Http, update: Update, *, backend: str, timeout_sec: float)
     await update.on_each(ask_size)
     if update.live != urls:
         return None
-    server = urlsplit(urls[0])
-    address = own_address(server.hostname, server.port)
+    address = _own_address(urls)
     with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as listener:
         port = listener.getsockname()[1]
         timeout = timedelta(seconds=timeout_sec)
@@ -260,6 +260,14 @@ async def _forget(http: Http, url: str, name: str) -> None:
     with contextlib.suppress(WorkerError):  # it has no such group, or is no more
         path = "/destroy_weights_update_group"
         await http.call(url, path, {"group_name": name}, timeout_sec=_ANSWER_SEC, admin=True)
+
+
+def _own_address(urls: Sequence[str]) -> str:
+    """An address of this machine that all these servers reach: one that it sends from to one of them."""
+    servers = [urlsplit(url) for url in urls]
+    own = [own_address(server.hostname, server.port) for server in servers]
+    # Servers beside us reach the address that others need; the others do not reach loopback.
+    return next((address for address in own if not ipaddress.ip_address(address).is_loopback), own[0])
 
 
 async def num_ranks(http: Http, url: str) -> int:
