@@ -12,7 +12,8 @@ import pytest
 
 from gft_megatron.observe.console import Console, LogConsole, SampleRow, build_console
 from gft_megatron.observe.live import LiveConsole
-from gft_megatron.observe.wording import count, duration, inert, phrases, shorten
+from gft_megatron.observe.wording import collecting, count, duration, inert, phrases, shorten
+from gft_megatron.rollout.counts import CollectNews
 
 FIGURES = {
     "train/loss": 0.12341,
@@ -145,6 +146,35 @@ def test_stages_in_a_log(monkeypatch):
         "reading train.jsonl: 2,000 rows ...",
         "reading train.jsonl: 3,000 rows in 0:18",
     ]
+
+
+def test_what_a_run_waits_for_is_told_now_and_then(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def waits(console):
+        for second in range(25):
+            now[0] = second
+            console.doing(f"{second} groups")
+        console.step(1, FIGURES)
+        now[0] = 30
+        console.doing("0 groups")  # of the next rollout: has only begun
+
+    lines = log_lines(waits)
+    assert lines[:2] == ["10 groups ...", "20 groups ..."] and len(lines) == 3
+
+
+def test_a_collection_in_words():
+    news = CollectNews(num_draws=64, num_groups=12, num_dropped=1, num_in_flight=40)
+    assert collecting(CollectNews(8, 2, 0, 6), {}, {}) == "2/8 groups, 6 in flight"
+    engine = {
+        "workers_healthy": 2.0, "workers_dead": 1.0, "workers_stale": 0.0, "queued": 9.0, "weight_version": 7.0,
+        "sync_sec": 0.42, "failures/timed_out": 3.0,
+    }  # fmt: skip
+    assert collecting(news, engine, {"10.0.0.7:30000": 4123.0}) == (
+        "12/64 groups, 40 in flight, 1 dropped | 10.0.0.7:30000 4.1k tok/s | 2 healthy, 1 dead, 9 queued | "
+        "weights 7 (0.4s) | failed: timed_out 3"
+    )
 
 
 def test_a_failed_stage_is_not_reported_as_done(monkeypatch):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from gft_megatron.observe.metrics import MetricsLog, Timings, read_metrics
+from gft_megatron.observe.metrics import MetricsLog, Rates, Timings, read_metrics
 from gft_megatron.observe.stages import split_step_time
 
 
@@ -125,3 +125,15 @@ def test_stages_are_disjoint_and_add_up_to_the_step():
     stages = split_step_time(figures)
     assert stages == {"generate": 3.0, "reward": 1.0, "forward_backward": 3.5, "save": 0.5, "other": 1.0}
     assert split_step_time({**figures, "time/generate_sec": 1.0, "time/reward_sec": 0.5})["exchange"] == 2.5
+
+
+def test_counts_as_rates(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    rates = Rates(over_sec=2.0)
+    now[0] = 4.0
+    assert rates.of({"a": 20.0}) == {"a": 5.0}
+    now[0] = 5.0
+    assert rates.of({"a": 100.0}) == {"a": 5.0}, "too soon for news"
+    now[0] = 8.0
+    assert rates.of({"a": 120.0, "b": 8.0}) == {"a": 25.0, "b": 2.0}
