@@ -102,10 +102,22 @@ def test_the_trainers_own_variables_do_not_reach_a_server(tmp_path, monkeypatch)
     assert seen["arguments"][-4:-1] == ["--dtype", "bfloat16", "--config"]  # of two of a kind, SGLang takes the last
 
 
-def test_each_server_has_its_gpus(tmp_path):
-    two = options(tmp_path, device="cuda", num_workers=2, tensor_parallel_size=2, gpus=(4, 5, 6, 7))
-    visible = [launcher._environment(two, KEYS, index)["CUDA_VISIBLE_DEVICES"] for index in range(2)]
-    assert visible == ["4,5", "6,7"]
+def visible_gpus(tmp_path, **others) -> list[str]:
+    fleet = Launcher(
+        options(tmp_path, device="cuda", num_workers=2, tensor_parallel_size=2, **others), KEYS, tmp_path / "logs"
+    )
+    return [server.environment["CUDA_VISIBLE_DEVICES"] for server in fleet._servers]
+
+
+def test_each_server_has_its_gpus(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus(tmp_path) == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3,5,GPU-x,7")
+    assert visible_gpus(tmp_path) == ["1,3", "5,GPU-x"]
+    assert visible_gpus(tmp_path, gpus=(4, 5, 6, 7)) == ["4,5", "6,7"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
+    with pytest.raises(ValueError, match="need 4; CUDA_VISIBLE_DEVICES has 2"):
+        visible_gpus(tmp_path)
 
 
 def test_a_server_that_dies_at_once_is_told_with_its_last_words(tmp_path):

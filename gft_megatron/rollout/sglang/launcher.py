@@ -54,7 +54,8 @@ class LaunchOptions:
     device: Literal["cuda", "cpu"] = "cuda"
     """Where the model runs."""
     gpus: tuple[int, ...] = ()
-    """GPUs to divide among the servers, in order; none: 0, 1, ... On a CPU it means nothing."""
+    """GPUs to divide among the servers, in order, as nvidia-smi counts them; none: those of CUDA_VISIBLE_DEVICES, or
+    0, 1, ... On a CPU it means nothing."""
     host: str = "127.0.0.1"
     """Address to listen on, and to be reached at."""
     port: int = 30000
@@ -117,7 +118,7 @@ class Launcher:
             log_folder: what each server says is appended to HOST_PORT.log there, without the keys.
 
         Raises:
-            ValueError: servers without keys that others could reach.
+            ValueError: servers without keys that others could reach, or fewer GPUs than they need.
         """
         refuse_open_server(options.host, keys)
         self._options = options
@@ -291,8 +292,13 @@ def _environment(options: LaunchOptions, keys: Keys, index: int) -> dict[str, st
         if name not in _NOT_FOR_SERVERS_EXACTLY and not name.startswith(_NOT_FOR_SERVERS)
     }
     if options.device == "cuda":
-        size = options.tensor_parallel_size
-        gpus = options.gpus or range(options.num_workers * size)
+        size, num = options.tensor_parallel_size, options.num_workers
+        visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+        gpus = list(options.gpus) or visible or list(range(num * size))
+        if len(gpus) < num * size:
+            raise ValueError(
+                f"{num} servers of {size} GPUs each need {num * size}; CUDA_VISIBLE_DEVICES has {len(gpus)}"
+            )
         kept["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus[index * size : (index + 1) * size]))
     return {**kept, **options.environment, **key_variables(keys)}
 
