@@ -133,10 +133,14 @@ def test_every_server_computes_with_the_new_weights(way, run, models) -> None:
     async def body(bench: Bench) -> None:
         for version, model in ((3, models[0]), (4, models[1])):
             for url in bench.urls:
-                await server_log_probs(bench.http, url, TOKENS)  # the old weights' cache of this very prompt
+                await bench.generate(url, 1)  # now the old weights' cache of this very prompt is there
             result = await bench.push(way, model, version)
             assert result.bytes == sum(tensor.nbytes for _, tensor in model.tensors())
             for url in bench.urls:
+                answer = await bench.generate(url, 4)
+                log_probs = torch.tensor([entry[0] for entry in answer["meta_info"]["output_token_logprobs"]])
+                expected = model.log_probs(TOKENS + answer["output_ids"])[-4:]
+                torch.testing.assert_close(log_probs, expected, atol=1e-4, rtol=0)
                 await bench.check_serves(url, model, version)
             assert len({await checksum(bench.http, url) for url in bench.urls}) == 1
 
