@@ -64,7 +64,7 @@ def sglang_launcher(
         num_workers=2,
         device="cpu",
         port=free_ports(2),
-        ready_timeout_sec=300,
+        ready_timeout_sec=600,
         max_restarts=20,
     )
     with Launcher(options, sglang_keys, tmp_path_factory.mktemp("sglang_logs")) as launcher:

@@ -31,7 +31,7 @@ def options(folder: Path, fault: str = "", **others) -> LaunchOptions:
         "device": "cpu",
         "port": free_ports(2),
         "environment": {"FAKE": fault, "PIDS": str(folder / "pids"), "TMPDIR": str(folder)},
-        "ready_timeout_sec": 20.0,
+        "ready_timeout_sec": 60.0,
     }
     return LaunchOptions(**settings | others)
 
@@ -49,7 +49,7 @@ def processes(folder: Path, starts: int = 1) -> list[list[int]]:
 
 
 def wait_until_gone(*pids: int) -> None:
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=20)
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=60)
     assert alive == []
 
 
@@ -162,7 +162,7 @@ def test_a_server_that_dies_again_and_again_is_left_dead(tmp_path, caplog):
         fleet.start()
         for starts in (1, 2, 3):
             os.kill(processes(tmp_path, starts)[-1][0], signal.SIGKILL)
-        fleet._supervisors[0].join(20)
+        fleet._supervisors[0].join(60)
         assert not fleet._supervisors[0].is_alive()
     assert len(processes(tmp_path)) == 3
     assert "was started 2 times: it is left dead" in caplog.records[-1].getMessage()
