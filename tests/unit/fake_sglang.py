@@ -258,15 +258,8 @@ WRONG = {
     "no rid": _meta(id=None),
     "no finish reason": _meta(finish_reason=None),
     "unknown finish": _meta(finish_reason={"type": "tired"}),
-    "NaN happened": lambda answer, meta: (
-        _cut(answer, {**meta, "weight_versions": meta["weight_versions"]})
-        | {
-            "meta_info": {
-                **_cut(answer, meta)["meta_info"],
-                "finish_reason": {"type": "stop", "matched": "NaN happened"},
-            }
-        }
-    ),
+    "NaN happened": _meta(finish_reason={"type": "stop", "matched": "NaN happened"}),  # it puts an end token there
+    "ended by another": _meta(finish_reason={"type": "stop", "matched": 7}),
     "cut off": _cut,
     "after the end": _after_the_end,
     "no spans": _meta(weight_versions=None),

@@ -255,6 +255,7 @@ def test_a_host_that_vanishes_answers_nothing_at_all():
             for one, completion in zip(asked, await asyncio.gather(*tasks), strict=True):
                 check_whole(completion, one.request_id)
             assert site.engine._fleet.state(gone.url) == "dead"
+            assert set(site.failures()) == {"no_progress"}, "nobody waited for the end of request_sec"
 
     asyncio.run(main())
 

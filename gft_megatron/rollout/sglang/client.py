@@ -226,12 +226,13 @@ def _finished(
     ends = np.flatnonzero(np.isin(ids, list(eos_token_ids)))
     if len(ends) and ends[0] + 1 < len(ids):
         raise _Malformed(f"it goes on after its end at token {ends[0]}")
-    if kind == "stop" and type(matched) is int and matched == ids[-1] and not len(ends):
-        raise ValueError(
-            f"{url} ends responses at token {matched}, and the end tokens of this run are {sorted(eos_token_ids)}: "
-            f"the servers' model folder and --hf-checkpoint have to name the same ones (generation_config.json)"
-        )
-    if kind not in ("stop", "length") or (kind == "stop" and not len(ends)):  # "NaN happened" is a stop to SGLang
+    if kind == "stop" and type(matched) is int and matched == ids[-1]:
+        if not len(ends):
+            raise ValueError(
+                f"{url} ends responses at token {matched}, and the end tokens of this run are {sorted(eos_token_ids)}: "
+                f"the servers' model folder and --hf-checkpoint have to name the same ones (generation_config.json)"
+            )
+    elif kind != "length":  # "NaN happened" is a stop to SGLang, with an end token put in the place of the broken one
         raise _Malformed(f"it ended by {str(finish)[:100]}")
     if not len(ends) and len(ids) != max_new_tokens:
         raise _Malformed(
