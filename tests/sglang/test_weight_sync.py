@@ -111,14 +111,14 @@ class Bench:
 def run(
     sglang_workers: Sequence[str], sglang_keys: Keys, sglang_model: Path, tmp_path: Path
 ) -> Callable[[Callable[[Bench], Awaitable[None]]], None]:
-    """Run a coroutine function on a bench, for two minutes at most."""
+    """Run a coroutine function on a bench, for five minutes at most."""
 
     def run_body(body: Callable[[Bench], Awaitable[None]]) -> None:
         async def main() -> None:
             async with Http(sglang_keys) as http:
                 await body(Bench(http, tuple(sglang_workers), tmp_path / "weights", sglang_model))
 
-        asyncio.run(asyncio.wait_for(main(), 120))
+        asyncio.run(asyncio.wait_for(main(), 300))
 
     return run_body
 
