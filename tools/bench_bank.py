@@ -18,7 +18,8 @@ import numpy as np
 import psutil
 
 from gft_megatron.groups import Group, Prompt, Sample, Source, WeightSpan
-from gft_megatron.rollout.bank import Bank, GroupKey
+from gft_megatron.rollout.bank import Bank
+from gft_megatron.rollout.bank.records import GroupKey
 
 
 def made_group(samples: int, tokens: int) -> Group:

@@ -9,7 +9,8 @@ import pytest
 from programs import load_program
 
 from gft_megatron.groups import Group, Prompt, Sample, Source, WeightSpan
-from gft_megatron.rollout.bank import Bank, GroupKey
+from gft_megatron.rollout.bank import Bank
+from gft_megatron.rollout.bank.records import GroupKey
 
 TOOL = load_program("tools/inspect_groups.py")
 HOSTILE = "\x1b[2J\x1b]0;owned\x07[bold red]x[/] [/nothing] \u202e\ud800 :smile:\nsecond line"
