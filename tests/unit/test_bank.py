@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gft_megatron.groups import Group, Prompt, Sample, Source, WeightSpan
-from gft_megatron.rollout.bank import Bank
-from gft_megatron.rollout.bank.records import GroupKey, group_record
+from gft_megatron.rollout.bank import Bank, GroupKey
+from gft_megatron.rollout.bank.records import group_record
 
 FINGERPRINT = "f" * 64
 
