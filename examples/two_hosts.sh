@@ -5,7 +5,11 @@
 #
 #   host 1   10.77.0.1   torchrun, node 0: MASTER_ADDR
 #   host 2   10.77.0.2   torchrun, node 1
-#   host 3   10.77.0.3   WORKER, a shell command, if there is one: servers that generate
+#   host 3   10.77.0.3   WORKER, a shell command, if there is one: a server that generates, on port 30000
+#
+#   GFT_SGLANG_API_KEY=... GFT_SGLANG_ADMIN_KEY=... bash examples/two_hosts.sh ... \
+#       --rollout-engine sglang --sglang-urls http://10.77.0.3:30000
+#   with WORKER="python tools/sglang_worker.py --model DIR --device cpu --host 10.77.0.3"
 #
 # RANKS is the number of ranks on a host (1); with 2, --tensor-model-parallel-size 2 keeps tensor parallelism inside the
 # hosts and replicates across them. What an address is wrong for, or a name that only one host can resolve, or a
@@ -59,6 +63,10 @@ done
 export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if [ -n "${WORKER:-}" ]; then
     on 3 bash -c "$WORKER" &
+    until on 1 bash -c ': < /dev/tcp/10.77.0.3/30000' 2>/dev/null; do
+        kill -0 $! # it has ended, and so does this script
+        sleep 0.5
+    done
 fi
 nodes=()
 for node in 0 1; do

@@ -2,8 +2,10 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -22,7 +24,7 @@ def two_hosts(*flags: object, ranks: int, **environment: str) -> str:
         env={**os.environ, "PYTHON": sys.executable, "RANKS": str(ranks), "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     if done.returncode == 77:
         pytest.skip(done.stderr)
@@ -53,3 +55,26 @@ def test_same_steps_as_on_one_host(flags, tmp_path, ranks, layout):
     assert [{name: step[name] for name in COMPARED} for step in two] == [
         {name: step[name] for name in COMPARED} for step in one
     ]
+
+
+def test_a_server_on_a_third_host(flags, toy, tmp_path):
+    """Requests, weights and gradients, each from another address than loopback."""
+    python = Path(os.environ.get("GFT_SGLANG_PYTHON", ROOT / ".venv-sglang/bin/python"))
+    if not python.exists():
+        pytest.skip(f"no SGLang at {python}: bash tools/sglang_cpu.sh, or GFT_SGLANG_PYTHON")
+    worker = [
+        sys.executable, "tools/sglang_worker.py", "--model", toy / "model", "--python", python, "--device", "cpu",
+        "--host", "10.77.0.3", "--log-folder", tmp_path / "sglang",
+    ]  # fmt: skip
+    output = two_hosts(
+        *flags, "--train-iters", 2, "--rollout-engine", "sglang", "--sglang-urls", "http://10.77.0.3:30000",
+        "--run-dir", tmp_path / "run", ranks=1, WORKER=shlex.join(map(str, worker)),
+        GFT_SGLANG_API_KEY="a" * 32, GFT_SGLANG_ADMIN_KEY="b" * 32,
+    )  # fmt: skip
+    received = re.findall(r"host \d: received (\d+) bytes", output)
+    assert len(received) == 3 and int(received[2]) > 10_000, output[-500:]  # host 3 heard the prompts
+    steps = metrics_of(tmp_path / "run")
+    assert len(steps) == 2
+    # What the server says of its tokens is what the trainer finds, before and after new weights.
+    assert all(step["train/log_prob_gap_mean"] < 1e-4 for step in steps)
+    assert all(step["rollout/failed_samples"] == 0 for step in steps)

@@ -101,7 +101,7 @@ def test_slurm_with_servers(tmp_path):
     )  # fmt: skip
     _, expected = arguments_of("slurm_multinode.sbatch", tmp_path, RUN_DIR=run)
     assert training[:4] == ["--nnodes", "1", "--nproc-per-node", "8"]
-    assert flags == [*expected, "--rollout-engine", "sglang", "--sglang-discovery", addresses, "--lr", "3e-5"]
+    assert flags == [*expected, "--rollout-engine", "sglang", "--sglang-discovery-file", addresses, "--lr", "3e-5"]
     program, *given = (tmp_path / "record.server").read_text().split("\0")[:-1]
     workers = tyro.cli(load_program(program).Workers, args=given)
     assert (workers.host, workers.num_workers, workers.tensor_parallel_size) == ("node8", 2, 4)

@@ -281,7 +281,7 @@ def _command(options: LaunchOptions, host: str, port: int) -> list[str]:
 # The only back ends that are plain PyTorch; and a cache that does not take a part of all memory there is.
 _ON_CPU = [
     *("--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--disable-overlap-schedule"),
-    *("--dtype", "float32", "--max-total-tokens", "16384", "--max-running-requests", "64"),
+    *("--dtype", "float32", "--max-total-tokens", "16384", "--max-running-requests", "64", "--sleep-on-idle"),
 ]
 
 
