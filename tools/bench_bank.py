@@ -17,14 +17,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-<<<<<<< HEAD
 from gft_megatron.groups import Group, GroupKey, Prompt, Sample, Source, WeightSpan
 from gft_megatron.rollout.bank import Bank
-=======
-from gft_megatron.groups import Group, Prompt, Sample, Source, WeightSpan
-from gft_megatron.rollout.bank import Bank
-from gft_megatron.rollout.bank.records import GroupKey
->>>>>>> bank
 
 
 def made_group(samples: int, tokens: int) -> Group:

@@ -27,7 +27,7 @@ from rich.table import Table
 from gft_megatron.groups import GroupKey, Sample
 from gft_megatron.observe.wording import inert
 from gft_megatron.rollout.bank.ledger import Entry, Ledger, ledger_paths, read_group, scan, valid_markers
-from gft_megatron.rollout.bank.records import GroupKey, samples_of
+from gft_megatron.rollout.bank.records import samples_of
 
 STATES = ("finished", "consumed", "dropped")
 COLUMNS = ("group", "row", "sources", "rewards", "lengths", "truncated", "weights", "state")

@@ -15,8 +15,8 @@ from e2e_runs import metrics_of, short_run
 from forked_ranks import ForkedRun
 from test_resume import COMPARED
 
+from gft_megatron.groups import GroupKey
 from gft_megatron.rollout.bank.ledger import ledger_paths, read_group, scan, valid_markers
-from gft_megatron.rollout.bank.records import GroupKey
 
 KILLS = int(os.environ.get("GFT_CHAOS_KILLS", "3"))
 NUM_RANKS = 2

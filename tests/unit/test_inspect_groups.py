@@ -8,14 +8,8 @@ import numpy as np
 import pytest
 from programs import load_program
 
-<<<<<<< HEAD
 from gft_megatron.groups import Group, GroupKey, Prompt, Sample, Source, WeightSpan
 from gft_megatron.rollout.bank import Bank
-=======
-from gft_megatron.groups import Group, Prompt, Sample, Source, WeightSpan
-from gft_megatron.rollout.bank import Bank
-from gft_megatron.rollout.bank.records import GroupKey
->>>>>>> bank
 
 TOOL = load_program("tools/inspect_groups.py")
 HOSTILE = "\x1b[2J\x1b]0;owned\x07[bold red]x[/] [/nothing] \u202e\ud800 :smile:\nsecond line"
