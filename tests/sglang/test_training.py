@@ -5,10 +5,8 @@ Two ranks under tensor parallelism train GFT on groups of recorded and own answe
 
 from __future__ import annotations
 
-import os
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,13 +16,14 @@ from e2e_runs import PROGRAM, error_line, metrics_of, run_tool
 from torchrun import kill, start_torchrun
 
 from gft_megatron.groups import GroupKey
+from gft_megatron.observe.metrics import read_metrics
 from gft_megatron.rollout.bank.ledger import Ledger, ledger_paths, scan, valid_markers
 from gft_megatron.rollout.sglang.http import Keys
 from gft_megatron.rollout.sglang.keys import key_variables
 from gft_megatron.rollout.sglang.launcher import Launcher
 
-STEPS = 8
-SAVED = 3
+STEPS = 11
+SAVED = 4
 GROUPS = 6
 
 
@@ -59,16 +58,16 @@ def until(is_so: Callable[[], bool], process: subprocess.Popen | None = None, se
 
 
 def num_steps(run_dir: Path) -> int:
-    return len(metrics_of(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
+    return len(read_metrics(run_dir / "metrics.jsonl"))  # its last line may be half-written at the moment
 
 
 def ledgers(run_dir: Path) -> list[Ledger]:
     return [scan(path) for path in ledger_paths(run_dir / "bank")]
 
 
-def trained(run_dir: Path) -> Counter[GroupKey]:
-    """How often each group was trained on, going by the marks that no resume has undone."""
-    return Counter(valid_markers(ledgers(run_dir)))
+def trained(run_dir: Path) -> set[GroupKey]:
+    """Going by the marks that no resume has undone."""
+    return set(valid_markers(ledgers(run_dir)))
 
 
 def test_both_servers_die_and_nothing_is_lost(
@@ -94,7 +93,7 @@ def test_both_servers_die_and_nothing_is_lost(
     before = {record["step"]: record for record in metrics_of(run_dir)}
     finished = {key for ledger in ledgers(run_dir) for key in ledger.entries}
     last = max(before)
-    assert SAVED + 2 <= last < STEPS and len(finished) >= (last - SAVED) * GROUPS
+    assert SAVED + 2 <= last < 2 * SAVED and len(finished) >= (last - SAVED) * GROUPS
     assert all(not ledger.damages for ledger in ledgers(run_dir))
 
     second = start_torchrun(PROGRAM, *arguments, "--sglang-lost-timeout-sec", 120, num_ranks=2)
@@ -109,10 +108,8 @@ def test_both_servers_die_and_nothing_is_lost(
         for name in ("train/loss", "train/grad_norm", "rollout/reward_mean", "rollout/response_length_mean_self"):
             assert after[step][name] == before[step][name], (step, name)
         assert after[step]["rollout/groups_restored"] == GROUPS
-    assert {key for key, _ in trained(run_dir).items()} >= {
-        GroupKey(rollout, i) for rollout in range(STEPS) for i in range(GROUPS)
-    } - {key for key in finished if key.rollout_id < SAVED}
-    assert set(trained(run_dir).values()) == {1} or sum(trained(run_dir).values()) == len(trained(run_dir))
+    # What is behind the oldest checkpoint may have left the ledger.
+    assert trained(run_dir) >= {GroupKey(rollout, i) for rollout in range(2 * SAVED, STEPS) for i in range(GROUPS)}
 
     staleness = [record["rollout/staleness_max"] for record in after.values()]
     assert staleness[0] == 0 and set(staleness[1:]) == {1.0}
@@ -151,5 +148,4 @@ def test_servers_are_refused_without_their_key(
     finally:
         kill_if_alive(process)
     line = error_line(subprocess.CompletedProcess(process.args, process.returncode, out, err))
-    assert "401" in line or "key" in line, line
-    assert os.environ.get("GFT_SGLANG_API_KEY") is None
+    assert "401" in line and "GFT_SGLANG_API_KEY" in line, line

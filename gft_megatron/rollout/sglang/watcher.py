@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from gft_megatron.rollout.sglang.dialect import probe_dialect, weight_version
 from gft_megatron.rollout.sglang.fleet import Fleet, State
-from gft_megatron.rollout.sglang.http import Http, WorkerError
+from gft_megatron.rollout.sglang.http import FailureKind, Http, WorkerError
 from gft_megatron.rollout.sglang.loads import Load, read_load
 
 _T = TypeVar("_T")
@@ -103,6 +103,10 @@ class Watcher:
                 version = await weight_version(self._http, self._url)
                 load = await read_load(self._http, self._url, timeout_sec=self._limits.timeout_sec)
         except (WorkerError, TimeoutError) as error:
+            if isinstance(error, WorkerError) and error.kind is FailureKind.REFUSED:
+                raise ValueError(
+                    f"{error}. Is it an SGLang server, and are GFT_SGLANG_API_KEY and GFT_SGLANG_ADMIN_KEY its keys?"
+                ) from error
             self._fleet.unanswered(self._url, str(error) or "no answer to a probe", self._now())
             if self._fleet.state(self._url) is State.DEAD:
                 self._given_up()
