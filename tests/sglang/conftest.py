@@ -6,6 +6,8 @@ interpreter. Without one, the tests are skipped.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,8 @@ import pytest
 from ports import free_ports
 from programs import CHECKOUT, load_program
 
-from gft_megatron.rollout.sglang.http import Keys
+from gft_megatron.rollout.sglang.dialect import probe_dialect
+from gft_megatron.rollout.sglang.http import Http, Keys, WorkerError
 from gft_megatron.rollout.sglang.keys import generate_keys
 from gft_megatron.rollout.sglang.launcher import Launcher, LaunchOptions
 
@@ -72,7 +75,18 @@ def sglang_launcher(
         yield launcher
 
 
-@pytest.fixture(scope="session")
-def sglang_workers(sglang_launcher: Launcher) -> tuple[str, str]:
-    """Their addresses."""
+@pytest.fixture
+def sglang_workers(sglang_launcher: Launcher, sglang_keys: Keys) -> tuple[str, str]:
+    """Their addresses. A server that the test before has killed is waited for."""
+    asyncio.run(_wait_until_ready(sglang_launcher.urls, sglang_keys))
     return sglang_launcher.urls
+
+
+async def _wait_until_ready(urls: tuple[str, ...], keys: Keys) -> None:
+    async with Http(keys) as http, asyncio.timeout(300):
+        for url in urls:
+            while True:
+                with contextlib.suppress(WorkerError):
+                    if await (await probe_dialect(http, url)).is_ready(http, url):
+                        break
+                await asyncio.sleep(0.2)

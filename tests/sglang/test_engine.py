@@ -129,23 +129,24 @@ def test_a_killed_server_costs_no_sample_and_serves_again_only_with_the_weights(
 
     async def main():
         async with Site(sglang_workers, sglang_keys, facts) as site:
+            for url in sglang_workers:
+                await site.served_again(url)
             asked = [request((5, 6, 7 + i), new=200) for i in range(64) for _ in range(8)]
             tasks = [asyncio.create_task(site.engine.generate(one)) for one in asked]
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)  # by then the others are on the servers
             there = set(site.engine._calls[killed])
+            assert 0 < len(there) < 511
             site.sync.refuse = {killed}
             sglang_launcher.kill(killed)
             async with asyncio.timeout(60):
                 while site.engine._fleet.state(killed) is not State.DEAD:
                     await asyncio.sleep(0.01)
-            lost = there - {task.result().request_id for task in tasks if task.done()}
-            assert lost, "it was killed with requests of ours"
             completions = await asyncio.gather(*tasks)
             for one, completion in zip(asked, completions, strict=True):
                 check_whole(completion, one, facts)
             assert len({completion.request_id for completion in completions}) == 512
-            draws = {tuple(completion.log_probs.tolist()) for completion in completions}
-            assert len(draws) == 512, "a sample was handed out twice"
+            long = [tuple(c.log_probs.tolist()) for c in completions if len(c.token_ids) > 8]  # by chance never equal
+            assert len(set(long)) == len(long) > 256, "a sample was handed out twice"
             figures = site.engine.figures()
             assert 0 < figures["retries"] <= len(there) and figures["failures/broken_off"] > 0
             # It comes back with the weights that it was started with.

@@ -22,7 +22,7 @@ def facts(sglang_model):
 
 
 @pytest.fixture(scope="module")
-def router_url(sglang_workers, sglang_keys, tmp_path_factory):
+def router_url(sglang_launcher, sglang_keys, tmp_path_factory):
     python = os.environ.get("GFT_SGLANG_ROUTER_PYTHON")
     if python is None:
         pytest.skip("GFT_SGLANG_ROUTER_PYTHON names no environment with sglang-router")
@@ -31,7 +31,14 @@ def router_url(sglang_workers, sglang_keys, tmp_path_factory):
         second.bind(("127.0.0.1", 0))
         port, metrics_port = first.getsockname()[1], second.getsockname()[1]
     command = [python, "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--worker-urls", *sglang_workers, "--policy", "cache_aware", "--prometheus-port", str(metrics_port)]
+    command += [
+        "--worker-urls",
+        *sglang_launcher.urls,
+        "--policy",
+        "cache_aware",
+        "--prometheus-port",
+        str(metrics_port),
+    ]
     # Retries would be second samples. /health generates, and fails while a server is paused.
     command += ["--disable-retries", "--health-check-endpoint", "/ready"]
     log = tmp_path_factory.mktemp("router") / "log"

@@ -71,7 +71,13 @@ def trained(run_dir: Path) -> set[GroupKey]:
 
 
 def test_both_servers_die_and_nothing_is_lost(
-    sglang_launcher: Launcher, sglang_model: Path, sglang_keys: Keys, countdown: Path, tmp_path: Path, monkeypatch
+    sglang_launcher: Launcher,
+    sglang_workers: tuple[str, str],
+    sglang_model: Path,
+    sglang_keys: Keys,
+    countdown: Path,
+    tmp_path: Path,
+    monkeypatch,
 ) -> None:
     for name, value in key_variables(sglang_keys).items():
         monkeypatch.setenv(name, value)
