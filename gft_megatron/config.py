@@ -181,6 +181,9 @@ class EngineConfig:
     """Port of the first server started on a node; the others take those that follow."""
     sglang_args: tuple[str, ...] = ()
     """More flags of sglang.launch_server, for servers started here."""
+    colocate: bool = False
+    """Servers are on the trainer's own GPUs: they free their memory while it trains. For servers not started here:
+    start them with --enable-memory-saver."""
     weight_sync: Literal["disk", "distributed", "tensor"] = "disk"
     """How new weights get to the servers: as files, by broadcast (NCCL, gloo), or in memory on the same host."""
     weight_sync_dir: str | None = None

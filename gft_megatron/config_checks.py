@@ -272,6 +272,10 @@ def _require_servers(config: RunConfig) -> None:
         "--sglang-discovery-file": engine.sglang_discovery_file is not None,
         "--sglang-workers-per-node": engine.sglang_workers_per_node > 0,
     }
+    if engine.colocate and rollout.max_staleness:
+        raise ValueError(
+            "--colocate has the GPUs generate and train in turns; --max-staleness has them do both at once"
+        )
     given = [flag for flag, is_given in sources.items() if is_given]
     if engine.rollout_engine == "sglang":
         if len(given) != 1:
@@ -283,6 +287,7 @@ def _require_servers(config: RunConfig) -> None:
     needs_servers = {
         **sources,
         "--sglang-router-url": engine.sglang_router_url is not None,
+        "--colocate": engine.colocate,
         "--over-sampling-batch-size": over_sampling is not None,
         "--max-staleness": rollout.max_staleness > 0,
     }

@@ -129,6 +129,10 @@ class RolloutEngine(ABC):
         The iterable may be a collective (each item gathers from other ranks): it is always consumed to its end.
         """
 
+    async def release_memory(self) -> None:
+        """Leave the device's memory to the trainer until the next weights. No request is in flight."""
+        raise NotImplementedError(f"{type(self).__name__} holds no memory that it could release")
+
     def figures(self) -> dict[str, float]:
         """Metrics as of now."""
         return {}

@@ -108,6 +108,9 @@ def _collect(phase: Phase, run: Run, progress: Progress) -> Rollout:
     run.timings.add("generate", rollout.counts.generate_sec)
     run.timings.add("reward", rollout.counts.reward_sec)
     _collect_ahead(phase, run, progress)
+    if config.engine.colocate and recipe.n_self:
+        with run.timings.measure("update_weights"):
+            run.workers.release_memory()
     if config.loss.kl_in == "loss" or not config.changes("kl_coef"):
         return rollout
     assert run.reference is not None

@@ -55,6 +55,7 @@ class Rollout:
     own_groups: list[Group]
     """What this rank collected itself: for showing samples."""
     own_keys: list[GroupKey]
+    """Of these, and of those that were too old."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,10 @@ class RolloutWorkers:
                 self._loop.run(self._engine.update_weights(named_tensors, version))
 
         all_or_none(hand_over)
+
+    def release_memory(self) -> None:
+        """Have servers on the trainer's GPUs free their memory until the next weights."""
+        all_or_none(lambda: None if self._engine is None else self._loop.run(self._engine.release_memory()))
 
     def start(
         self,
@@ -364,7 +369,7 @@ class RolloutWorkers:
         if mine is not None:
             groups, keys, batch, counts = mine.groups, mine.keys, mine.batch, mine.counts
             left = [_Left(draw.key, draw.row, self._index) for draw in mine.left]
-            groups, keys, batch = self._without_stale(groups, keys, batch, counts, rules)
+            groups, batch = self._without_stale(groups, keys, batch, counts, rules)
         *sums, generate_sec, reward_sec = astuple(counts)
         total = CollectCounts(*map(int, sum_over_ranks(sums)), *max_over_ranks([generate_sec, reward_sec]))
         if rules.is_over_sampling:
@@ -375,7 +380,7 @@ class RolloutWorkers:
 
     def _without_stale(
         self, groups: list[Group], keys: list[GroupKey], batch: Batch, counts: CollectCounts, rules: RolloutRules
-    ) -> tuple[list[Group], list[GroupKey], Batch]:
+    ) -> tuple[list[Group], Batch]:
         stale = self._staleness(batch) > rules.max_staleness  # [n]
         ids = batch.group_ids.unique_consecutive()
         kept = ~torch.isin(ids, batch.group_ids[stale])  # [groups]
@@ -391,7 +396,6 @@ class RolloutWorkers:
         of_kept = torch.isin(batch.group_ids, ids[kept])
         return (
             [group for group, is_kept in zip(groups, kept.tolist(), strict=True) if is_kept],
-            [key for key, is_kept in zip(keys, kept.tolist(), strict=True) if is_kept],
             batch.select(of_kept.nonzero()[:, 0].tolist()),
         )
 

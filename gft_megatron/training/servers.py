@@ -128,6 +128,8 @@ def _options(config: RunConfig, engine: EngineConfig) -> LaunchOptions:
             "--load-format",
             "dummy",
         ]  # its folder has no weights; a server has the trainer's before it serves
+    if engine.colocate and torch.cuda.is_available():
+        arguments.append("--enable-memory-saver")
     several_nodes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < dist.get_world_size()
     return LaunchOptions(
         python=Path(python),

@@ -59,6 +59,10 @@ def test_saved_configuration_reads_back(tmp_path):
             ["--rollout-engine", "sglang", "--sglang-urls", "http://a:1", "--partial-rollout", "--max-staleness", "1"],
             "--partial-rollout .* needs --over-sampling-batch-size",
         ),
+        (
+            ["--rollout-engine", "sglang", "--sglang-urls", "http://a:1", "--colocate", "--max-staleness", "1"],
+            "--colocate has the GPUs generate and train in turns",
+        ),
         (["--sglang-lost-timeout-sec", "0"], "--sglang-lost-timeout-sec is 0.0; it has to be positive"),
         (["--sequence-parallel"], "--sequence-parallel needs --tensor-model-parallel-size"),
         (["--virtual-pipeline-model-parallel-size", "2"], "--pipeline-model-parallel-size of at least 2"),

@@ -42,6 +42,12 @@ class FakeSync:
         self.newest = None
         self.hold = None  # an event that a push waits for
 
+    async def release_memory(self, urls):
+        self.released = list(urls)
+        for url in urls:
+            self.servers[url].version = "released"
+        return {}
+
     async def push(self, urls, named_tensors, version, *, allow_running):
         self.pushed.append((list(urls), list(named_tensors), version, allow_running))
         if self.hold is not None:
@@ -507,6 +513,22 @@ def test_through_a_router_control_goes_straight_to_the_servers():
             check_whole(await site.engine.generate(asked), asked.request_id)
             assert site.failures() == {"malformed": 1, "no_progress": 1}
             await router.stop()
+
+    asyncio.run(main())
+
+
+def test_servers_without_their_memory_are_left_alone_until_the_next_weights():
+    async def main():
+        async with Site(always(None), always(None)) as site:
+            await site.generate()
+            await site.engine.release_memory()
+            assert sorted(site.sync.released) == sorted(site.urls)
+            for _ in range(3):
+                await asyncio.sleep(0.05)  # some probes' time
+                assert site.figures()["workers_healthy"] == 2 and not site.sync.caught_up, "nobody looks"
+            await site.engine.update_weights([], 1)
+            completion = await site.generate()
+            assert completion.weight_spans == (WeightSpan(1, 0, 4),)
 
     asyncio.run(main())
 

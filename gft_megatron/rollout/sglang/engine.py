@@ -62,6 +62,8 @@ class Syncs(Protocol):
 
     async def catch_up(self, url: str) -> bool: ...
 
+    async def release_memory(self, urls: Sequence[str]) -> Mapping[str, str]: ...
+
     async def close(self) -> None: ...
 
 
@@ -220,6 +222,14 @@ class SGLangEngine(RolloutEngine):
             _logger.warning("%s did not take weights %d and is left out: %s", url, version, reason)
             self._fleet.rejected(url, reason, self._now())
         self._tell_waiters()
+
+    async def release_memory(self) -> None:
+        """Servers on the trainer's GPUs leave it their memory, until they are given the next weights."""
+        if self._weight_sync is None:
+            return
+        self._fleet.paused = True  # until then nobody asks them for a token
+        for url, reason in (await self._weight_sync.release_memory(self._fleet.reachable())).items():
+            _logger.warning("%s has not released its memory: %s", url, reason)
 
     async def close(self) -> None:
         await self.abort()
