@@ -136,7 +136,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "hyper", "formula", "branches"), CASES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("name", "hyper", "formula", "branches"), CASES, ids=[f"{i}-{case[0]}-{case[1]}" for i, case in enumerate(CASES)]
+)
 def test_loss_and_gradient_equal_float64(name, hyper, formula, branches):
     inputs = make_inputs()
     loss, metrics = LOSSES[name](inputs, **hyper)
