@@ -228,6 +228,16 @@ def _after_the_end(answer, meta):
     return {**answer, "output_ids": ids, "meta_info": {**meta, "output_token_logprobs": pairs}}
 
 
+def _cut_off(answer, meta):
+    told = {
+        "completion_tokens": 2,
+        "output_token_logprobs": meta["output_token_logprobs"][:2],
+        "weight_versions": [{"version": "0", "start": 0, "end": 2}],
+        "finish_reason": {"type": "abort", "message": "no room"},
+    }
+    return {**answer, "output_ids": answer["output_ids"][:2], "meta_info": {**meta, **told}}
+
+
 def _spans(*spans):
     return _meta(weight_versions=[{"version": "0", "start": start, "end": end} for start, end in spans])
 
@@ -269,7 +279,7 @@ WRONG = {
     "spans that overlap": _spans((0, 3), (2, 4)),
     "an empty span": _spans((0, 0), (0, 4)),
     "spans of no version": _meta(weight_versions=[{"version": "new", "start": 0, "end": 4}]),
-    "finish abort": _meta(finish_reason={"type": "abort", "message": "no room"}),
+    "finish abort": _cut_off,
     "old weights": _meta(weight_versions=[{"version": "-1", "start": 0, "end": 4}]),
     "default weights": _meta(weight_versions=[{"version": "default", "start": 0, "end": 4}]),
     "some old weights": _meta(

@@ -22,6 +22,7 @@ from gft_megatron.rollout.engine import (
     RequestRefused,
     SamplingParams,
 )
+from gft_megatron.rollout.sglang import client
 from gft_megatron.rollout.sglang.client import ModelFacts, PartialCompletion
 from gft_megatron.rollout.sglang.engine import EngineLimits, FleetLost, SGLangEngine
 from gft_megatron.rollout.sglang.fleet import HealthLimits
@@ -544,3 +545,27 @@ def test_figures():
             assert all(isinstance(figure, float) for figure in figures.values())
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("tokens", "ended"), [([5, 6, EOS], "stop"), ([5] * 8, "length"), ([5, 6], None)])
+def test_an_abort_that_came_after_the_end_costs_nothing(tokens, ended):
+    asked = request()
+    meta = {
+        "id": asked.request_id, "completion_tokens": len(tokens), "finish_reason": {"type": "abort"},
+        "output_token_logprobs": [[-0.5, token, None] for token in tokens],
+        "weight_versions": [{"version": "0", "start": 0, "end": len(tokens)}],
+    }  # fmt: skip
+
+    class Answers:
+        async def call(self, *_, **__):
+            return {"output_ids": tokens, "meta_info": meta}
+
+    answer = client.generate(
+        Answers(), "http://a:1", asked, MODEL, rid=asked.request_id, oldest_version=0, timeout_sec=1
+    )
+    if ended is None:
+        with pytest.raises(RequestAborted) as aborted:
+            asyncio.run(answer)
+        assert aborted.value.partial.token_ids.tolist() == tokens
+    else:
+        assert asyncio.run(answer).finish_reason == ended

@@ -19,6 +19,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -251,12 +252,12 @@ class Bank:
         """What is restored, what is discarded, and the report."""
         found: dict[GroupKey, StoredGroup] = {}
         duplicates = sum(ledger.duplicates for ledger in ledgers)
-        # This rank's own record comes last: it stands for those elsewhere.
-        for ledger in sorted(ledgers, key=lambda ledger: ledger.path == self._path):
+        for ledger in ledgers:
             for key, entry in ledger.entries.items():
                 if entry.fingerprint == self._fingerprint:
                     duplicates += key in found
-                    found[key] = StoredGroup(ledger.path, entry)
+                    if key not in found or found[key].entry.written < entry.written:
+                        found[key] = StoredGroup(ledger.path, entry)
         waiting = {key: stored for key, stored in found.items() if key not in self._consumed}
         self.restored = {key: stored for key, stored in waiting.items() if stored.entry.reason is None}
         self.dropped = {key: stored.entry.reason for key, stored in waiting.items() if stored.entry.reason is not None}
@@ -278,7 +279,7 @@ class Bank:
         with self._lock:
             offset = self._write(b"".join(record for *_, record in told))
             for key, row, reason, record in told:
-                self._own[key] = Entry(offset, len(record), self._fingerprint, row, reason)
+                self._own[key] = Entry(offset, len(record), self._fingerprint, row, reason, time.time_ns())
                 self._forget_earlier(key)
                 offset += len(record)
 

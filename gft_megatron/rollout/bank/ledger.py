@@ -27,6 +27,8 @@ class Entry(NamedTuple):
     """-1 in a dropped group."""
     reason: str | None
     """Why it was dropped; None for a finished group."""
+    written: int
+    """By the clock of its rank's machine, in nanoseconds: which of two ranks' records of a key stands."""
 
 
 class Marker(NamedTuple):
@@ -144,7 +146,14 @@ def _take_in(ledger: Ledger, record: Record, offset: int) -> None:
     if record.kind in (Kind.GROUP, Kind.DROPPED):
         key = _key(head["key"])
         # The file's fingerprints are few, its groups many.
-        entry = Entry(offset, record.size, sys.intern(head["fingerprint"]), head.get("row", -1), head.get("reason"))
+        entry = Entry(
+            offset,
+            record.size,
+            sys.intern(head["fingerprint"]),
+            head.get("row", -1),
+            head.get("reason"),
+            head["written"],
+        )
         ledger.duplicates += key in ledger.entries
         ledger.entries[key] = entry
     elif record.kind is Kind.CONSUMED:

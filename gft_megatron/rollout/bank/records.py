@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
@@ -78,6 +79,7 @@ def group_record(key: GroupKey, fingerprint: str, row: int, samples: Sequence[Sa
     head = {
         "key": [key.rollout_id, key.group_id],
         "fingerprint": fingerprint,
+        "written": time.time_ns(),
         "row": row,
         "samples": [_sample_head(sample, parts) for sample in samples],
     }
@@ -85,7 +87,12 @@ def group_record(key: GroupKey, fingerprint: str, row: int, samples: Sequence[Sa
 
 
 def dropped_record(key: GroupKey, fingerprint: str, reason: str) -> bytes:
-    head = {"key": [key.rollout_id, key.group_id], "fingerprint": fingerprint, "reason": reason}
+    head = {
+        "key": [key.rollout_id, key.group_id],
+        "fingerprint": fingerprint,
+        "written": time.time_ns(),
+        "reason": reason,
+    }
     return _record(Kind.DROPPED, head)
 
 
