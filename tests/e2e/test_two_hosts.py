@@ -36,7 +36,7 @@ def two_hosts(*flags: object, ranks: int, **environment: str) -> str:
     "ranks, layout",
     [
         pytest.param(1, ["--use-distributed-optimizer"], id="replicas"),
-        pytest.param(2, ["--tensor-model-parallel-size", 2], id="tensor-inside", marks=pytest.mark.slow),
+        pytest.param(2, ["--tensor-model-parallel-size", 2], id="tensor-inside", marks=pytest.mark.on_request),
     ],
 )
 def test_same_steps_as_on_one_host(flags, tmp_path, ranks, layout):
@@ -57,6 +57,7 @@ def test_same_steps_as_on_one_host(flags, tmp_path, ranks, layout):
     ]
 
 
+@pytest.mark.on_request
 def test_a_server_on_a_third_host(flags, toy, tmp_path):
     """Requests, weights and gradients, each from another address than loopback."""
     python = Path(os.environ.get("GFT_SGLANG_PYTHON", ROOT / ".venv-sglang/bin/python"))

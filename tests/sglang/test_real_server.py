@@ -129,6 +129,7 @@ def test_a_killed_server_comes_back_with_the_weights_it_began_with(sglang_launch
     assert talk(sglang_keys, lambda http: asyncio.wait_for(wait_until_it_answers(http), 300)) == "default"
 
 
+@pytest.mark.on_request  # test_sglang_launcher.py has it with a stand-in for the server
 def test_a_server_ends_with_a_trainer_that_is_killed(sglang_python: Path, sglang_model: Path, tmp_path: Path):
     settings = {
         "--python": sglang_python,
