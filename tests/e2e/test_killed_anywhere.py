@@ -35,12 +35,13 @@ def flags(toy, tmp_path_factory):
 
 
 def finished_groups(bank: Path) -> dict[GroupKey, bytes]:
-    """What each whole record of a group says, whoever wrote it."""
+    """What each whole record of a group says, whoever wrote it and when."""
     found = {}
     for path in ledger_paths(bank):
         for key, entry in scan(path).entries.items():
             record = read_group(path, key, entry)
-            found[key] = json.dumps(record.head, sort_keys=True).encode() + record.data
+            head = {name: value for name, value in record.head.items() if name != "written"}
+            found[key] = json.dumps(head, sort_keys=True).encode() + record.data
     return found
 
 
