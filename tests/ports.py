@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import socket
 
-
 _RANDOM = random.SystemRandom()  # tests seed the other one
 
 

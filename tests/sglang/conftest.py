@@ -61,17 +61,25 @@ def sglang_launcher(
     sglang_python: Path, sglang_model: Path, sglang_keys: Keys, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Launcher]:
     """Runs two servers. `kill(url)` and SIGKILL are allowed: the servers come back."""
-    options = LaunchOptions(
-        python=sglang_python,
-        model=sglang_model,
-        num_workers=2,
-        device="cpu",
-        port=free_ports(2),
-        ready_timeout_sec=600,
-        max_restarts=20,
-    )
-    with Launcher(options, sglang_keys, tmp_path_factory.mktemp("sglang_logs")) as launcher:
-        launcher.start()
+    logs = tmp_path_factory.mktemp("sglang_logs")
+    for attempt in range(3):
+        options = LaunchOptions(
+            python=sglang_python,
+            model=sglang_model,
+            num_workers=2,
+            device="cpu",
+            port=free_ports(2),
+            ready_timeout_sec=600,
+            max_restarts=20,
+        )
+        launcher = Launcher(options, sglang_keys, logs)
+        try:
+            launcher.start()
+            break
+        except OSError:  # somebody else may have taken a port in the meantime
+            if attempt == 2:
+                raise
+    with launcher:
         yield launcher
 
 
