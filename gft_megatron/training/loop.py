@@ -95,10 +95,9 @@ def _collect(phase: Phase, run: Run, progress: Progress) -> Rollout:
     config, recipe = phase.config, _recipe(phase.config, step)
     if recipe.n_self and not run.workers.num_ahead:
         _update_weights(run, progress)
-    prompts = run.rewritten_prompts if run.rewrites is not None else run.train_prompts
     with run.timings.measure("rollout"):
         rollout = run.workers.collect(
-            prompts,
+            run.prompts,
             run.order,
             recipe,
             config.rollout_rules,
@@ -147,7 +146,7 @@ def _collect_ahead(phase: Phase, run: Run, progress: Progress) -> None:
         if step >= config.train_iters:
             return
         run.workers.start(
-            run.rewritten_prompts if run.rewrites is not None else run.train_prompts,
+            run.prompts,
             run.order,
             _recipe(config, step),
             config.rollout_rules,

@@ -100,6 +100,7 @@ class RolloutWorkers:
         """
         self._collector = collector
         self._engine = None if collector is None else collector.maker.engine
+        self._bank = None if collector is None else collector.bank
         self._loop = loop or BackgroundLoop()
         self._watch = watch
         self._rates = Rates()
@@ -224,13 +225,13 @@ class RolloutWorkers:
 
     def mark_trained(self, rollout: Rollout, iteration: int) -> None:
         """Write down that the groups of a rollout were trained on, the last time in this step."""
-        if self._collector is not None and self._collector.bank is not None:
-            self._collector.bank.mark_consumed(rollout.own_keys, iteration)
+        if self._bank is not None:
+            self._bank.mark_consumed(rollout.own_keys, iteration)
 
     def compact(self, oldest_checkpoint: int) -> None:
         """Forget groups that no checkpoint could ask for again."""
-        if self._collector is not None and self._collector.bank is not None:
-            self._collector.bank.compact(oldest_checkpoint)
+        if self._bank is not None:
+            self._bank.compact(oldest_checkpoint)
 
     def at_rest(self) -> AbstractContextManager[None]:
         """Nothing is collected meanwhile. A checkpoint's writer forks, and a lock that another thread holds at that
@@ -303,8 +304,8 @@ class RolloutWorkers:
             self._loop.run(self._engine.close())
         if self._collector is not None:
             self._loop.run(self._collector.maker.reward.close())
-            if self._collector.bank is not None:
-                self._collector.bank.close()
+            if self._bank is not None:
+                self._bank.close()
         self._loop.close()
 
     def _first_round(
@@ -385,8 +386,8 @@ class RolloutWorkers:
         ids = batch.group_ids.unique_consecutive()
         kept = ~torch.isin(ids, batch.group_ids[stale])  # [groups]
         counts.stale_groups += int((~kept).sum())
-        if self._collector is not None and self._collector.bank is not None:
-            self._collector.bank.mark_dropped(
+        if self._bank is not None:
+            self._bank.mark_dropped(
                 {
                     key: "its weights were too old"
                     for key, is_kept in zip(keys, kept.tolist(), strict=True)

@@ -86,6 +86,11 @@ class Run:
         assert self.rewrites is not None
         return RewrittenPrompts(self.train_prompts, self.rewrites, decoder(self.tokenizer))
 
+    @property
+    def prompts(self) -> PromptStore | RewrittenPrompts:
+        """What groups are drawn of."""
+        return self.train_prompts if self.rewrites is None else self.rewritten_prompts
+
     def close(self) -> None:
         self.workers.close()
         if self.servers is not None:

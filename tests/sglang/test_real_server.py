@@ -17,9 +17,10 @@ from ports import free_ports
 from programs import CHECKOUT
 
 from gft_megatron.rollout.sglang.addresses import Discovery
-from gft_megatron.rollout.sglang.dialect import Dialect, RequestCounts, num_requests, probe_dialect, weight_version
+from gft_megatron.rollout.sglang.dialect import Dialect, probe_dialect, weight_version
 from gft_megatron.rollout.sglang.http import FailureKind, Http, Keys, WorkerError
 from gft_megatron.rollout.sglang.launcher import Launcher
+from gft_megatron.rollout.sglang.loads import read_load
 
 ADMIN_CALLS = {
     "/update_weights_from_disk": {"model_path": "nowhere", "weight_version": "9"},
@@ -82,11 +83,12 @@ def test_dialect_and_counts(sglang_workers, sglang_keys):
             assert dialect == Dialect("0.5.23", needs_begin_end=True, has_ready=True)
             assert await dialect.is_ready(http, url)
             assert await Dialect("0.5.19", needs_begin_end=False, has_ready=False).is_ready(http, url)
-            assert await num_requests(http, url) == RequestCounts(running=0, queued=0)
+            load = await read_load(http, url, timeout_sec=10)
+            assert (load.running, load.queued) == (0, 0)
         url = sglang_workers[0]
         body = {"rid": "f" * 32, **GENERATE, "sampling_params": {"max_new_tokens": 1900, "ignore_eos": True}}
         long = asyncio.create_task(http.call(url, "/generate", body, timeout_sec=120))
-        while (await num_requests(http, url)).running == 0:
+        while (await read_load(http, url, timeout_sec=10)).running == 0:
             assert not long.done()
         await http.call(url, "/abort_request", {"rid": "f" * 32}, timeout_sec=20, admin=True)
         assert (await long)["meta_info"]["finish_reason"]["type"] == "abort"

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from gft_megatron.rollout.sglang.http import FailureKind, Http, WorkerError
 
 _OLDEST = (0, 5, 19)  # the first that says which of a response's tokens came from which weights
 _CALL_SEC = 10.0
-
-
-class RequestCounts(NamedTuple):
-    """What a server has to do at the moment."""
-
-    running: int
-    queued: int
 
 
 @dataclass(frozen=True)
@@ -100,17 +92,3 @@ async def weight_version(http: Http, url: str) -> str:
     if not isinstance(version, str):
         raise WorkerError(url, FailureKind.MALFORMED, "/model_info names no weight_version")
     return version
-
-
-async def num_requests(http: Http, url: str) -> RequestCounts:
-    """What a server runs and queues, over its data-parallel ranks.
-
-    Raises:
-        WorkerError
-    """
-    answer = await http.call(url, "/v1/loads", timeout_sec=_CALL_SEC)
-    try:
-        ranks = [(rank["num_running_reqs"], rank["num_waiting_reqs"]) for rank in answer["loads"]]
-        return RequestCounts(sum(running for running, _ in ranks), sum(waiting for _, waiting in ranks))
-    except (TypeError, KeyError) as error:
-        raise WorkerError(url, FailureKind.MALFORMED, "/v1/loads names no number of requests") from error
