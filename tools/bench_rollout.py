@@ -15,6 +15,7 @@ which does not. The server's weights are called version 0 by this.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import random
@@ -235,6 +236,7 @@ def main() -> None:
     try:
         settings = parse_flags(BenchRollout, description=__doc__)
         keys = Keys(os.environ.get("GFT_SGLANG_API_KEY"), os.environ.get("GFT_SGLANG_ADMIN_KEY"))
+        gc.freeze()  # as training/loop.py does
         rows = asyncio.run(show(settings, keys))
         if settings.json is not None:
             settings.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
