@@ -7,6 +7,9 @@ from pathlib import Path
 
 from torchrun import ROOT
 
+from gft_megatron.groups import GroupKey
+from gft_megatron.rollout.bank.ledger import ledger_paths, read_group, scan
+
 PROGRAM = ROOT / "examples" / "pretrain_gft.py"
 
 
@@ -40,6 +43,17 @@ def metrics_of(run_dir: Path) -> list[dict[str, float]]:
     """The optimizer steps in metrics.jsonl, evaluations left out."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [record for record in records if "train/loss" in record]
+
+
+def finished_groups(bank: Path) -> dict[GroupKey, bytes]:
+    """What each whole record of a group says, whoever wrote it and when."""
+    found = {}
+    for path in ledger_paths(bank):
+        for key, entry in scan(path).entries.items():
+            record = read_group(path, key, entry)
+            head = {name: value for name, value in record.head.items() if name != "written"}
+            found[key] = json.dumps(head, sort_keys=True).encode() + record.data
+    return found
 
 
 def run_tool(name: str, *arguments: object) -> str:

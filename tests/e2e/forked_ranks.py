@@ -11,11 +11,12 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 import pytest
@@ -27,7 +28,14 @@ _STAGES = ("_collect", "_update", "_save")
 class ForkedRun:
     """The ranks of one run; a context that ends them."""
 
-    def __init__(self, flags: Sequence[object], *, num_ranks: int, log: Path) -> None:
+    def __init__(
+        self,
+        flags: Sequence[object],
+        *,
+        num_ranks: int,
+        log: Path,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         context = _fork_server()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -36,8 +44,16 @@ class ForkedRun:
         self._ranks = [
             context.Process(
                 target=_rank,
-                args=(rank, num_ranks, port, list(map(str, flags)), str(log), told if rank == 0 else None),
-            )
+                args=(
+                    rank,
+                    num_ranks,
+                    port,
+                    list(map(str, flags)),
+                    str(log),
+                    dict(environment),
+                    told if rank == 0 else None,
+                ),
+            )  # fmt: skip
             for rank in range(num_ranks)
         ]
         for rank in self._ranks:
@@ -108,13 +124,22 @@ def _fork_server() -> ForkServerContext:
     return context
 
 
-def _rank(rank: int, num_ranks: int, port: int, flags: list[str], log: str, told: Connection | None) -> None:
+def _rank(
+    rank: int,
+    num_ranks: int,
+    port: int,
+    flags: list[str],
+    log: str,
+    environment: dict[str, str],
+    told: Connection | None,
+) -> None:
     output = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.chdir(ROOT)
     assert "imported_ranks" in sys.modules
     os.environ.update(
+        environment,
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_WORLD_SIZE=str(num_ranks),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
     )  # fmt: skip

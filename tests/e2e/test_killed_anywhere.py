@@ -3,20 +3,18 @@
 Three times here; GFT_CHAOS_KILLS=20 for as many as the README promises.
 """
 
-import json
 import os
 import random
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
-from e2e_runs import metrics_of, short_run
+from e2e_runs import finished_groups, metrics_of, short_run
 from forked_ranks import ForkedRun
 from test_resume import COMPARED
 
 from gft_megatron.groups import GroupKey
-from gft_megatron.rollout.bank.ledger import ledger_paths, read_group, scan, valid_markers
+from gft_megatron.rollout.bank.ledger import ledger_paths, scan, valid_markers
 
 KILLS = int(os.environ.get("GFT_CHAOS_KILLS", "3"))
 NUM_RANKS = 2
@@ -32,17 +30,6 @@ def flags(toy, tmp_path_factory):
         *short_run(toy), "--prompt-data", few, "--train-iters", NUM_STEPS, "--save-interval", 2, "--keep-last", 1000,
         "--rm-type", "tests/e2e/digit_reward.py:score", "--rollout-batch-size", GROUPS_PER_STEP,
     ]  # fmt: skip
-
-
-def finished_groups(bank: Path) -> dict[GroupKey, bytes]:
-    """What each whole record of a group says, whoever wrote it and when."""
-    found = {}
-    for path in ledger_paths(bank):
-        for key, entry in scan(path).entries.items():
-            record = read_group(path, key, entry)
-            head = {name: value for name, value in record.head.items() if name != "written"}
-            found[key] = json.dumps(head, sort_keys=True).encode() + record.data
-    return found
 
 
 def test_killed_at_random_moments(flags, tmp_path):
