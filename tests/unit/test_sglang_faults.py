@@ -23,9 +23,9 @@ from gft_megatron.rollout.engine import (
     SamplingParams,
 )
 from gft_megatron.rollout.sglang import client
-from gft_megatron.rollout.sglang.client import ModelFacts, PartialCompletion
-from gft_megatron.rollout.sglang.engine import EngineLimits, FleetLost, SGLangEngine
-from gft_megatron.rollout.sglang.fleet import HealthLimits
+from gft_megatron.rollout.sglang.client import ModelFacts
+from gft_megatron.rollout.sglang.engine import EngineLimits, SGLangEngine
+from gft_megatron.rollout.sglang.fleet import FleetLost, HealthLimits
 from gft_megatron.rollout.sglang.http import Keys
 from gft_megatron.rollout.sglang.watcher import ProbeLimits
 
@@ -363,9 +363,9 @@ def test_a_request_that_is_given_up_leaves_nothing_on_the_server(how):
             if how == "cancelled":
                 assert {type(end) for end in ends} == {asyncio.CancelledError}
             else:
-                assert {type(end) for end in ends} == {PartialCompletion}
+                assert {type(end) for end in ends} == {RequestAborted}
                 assert [end.request_id for end in ends] == [one.request_id for one in asked]
-                assert ends[0].completion.token_ids.tolist() == TOKENS[:2]
+                assert ends[0].partial.token_ids.tolist() == TOKENS[:2]
             assert site.failures() == {} and site.figures()["retries"] == 0
 
     asyncio.run(main())
@@ -436,7 +436,7 @@ def test_a_pause_for_new_weights_is_no_silence():
             await update
             assert site.engine._fleet.servable() == site.urls
             await site.engine.abort()
-            with pytest.raises(PartialCompletion):
+            with pytest.raises(RequestAborted):
                 await task
 
     asyncio.run(main())
@@ -499,10 +499,9 @@ def test_servers_come_and_go():
 
 def test_through_a_router_control_goes_straight_to_the_servers():
     async def main():
-        shared = once("NaN")
-        async with Site(always("status 500"), always("status 500"), start=False) as site:
-            router = await FakeServer(shared, version="0", events=site.events).start()
-            site.engine._router_url = router.url
+        router = await FakeServer(once("NaN"), version="0").start()
+        async with Site(always("status 500"), always("status 500"), router_url=router.url, start=False) as site:
+            router.events = site.events
             await site.engine.update_weights([], 0)
             asked = request()
             check_whole(await site.engine.generate(asked), asked.request_id)

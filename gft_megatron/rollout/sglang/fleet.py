@@ -16,6 +16,10 @@ _INNOCENT = frozenset({FailureKind.OVERLOADED, FailureKind.REFUSED, FailureKind.
 """Failures that say nothing against a server: it has enough to do, the request is wrong, somebody gave it up."""
 
 
+class FleetLost(Exception):
+    """No server can serve any more: the run ends. What was collected is kept."""
+
+
 class State(StrEnum):
     STARTING = "starting"
     """It has not answered yet."""
