@@ -26,7 +26,7 @@ from gft_megatron.rollout.sglang import client
 from gft_megatron.rollout.sglang.client import ModelFacts
 from gft_megatron.rollout.sglang.engine import EngineLimits, SGLangEngine
 from gft_megatron.rollout.sglang.fleet import FleetLost, HealthLimits
-from gft_megatron.rollout.sglang.http import Keys
+from gft_megatron.rollout.sglang.http import FailureKind, Keys
 from gft_megatron.rollout.sglang.watcher import ProbeLimits
 
 MODEL = ModelFacts(vocab_size=VOCAB_SIZE, max_positions=64, eos_token_ids={EOS})
@@ -458,6 +458,75 @@ def test_an_engine_that_does_not_control_waits_for_the_servers_word():
     asyncio.run(main())
 
 
+def test_weights_that_others_bring_may_take_longer_than_a_lost_fleet():
+    async def main():
+        async with Site(always(None), weight_sync=None, start=False, limits={"lost_sec": 0.1}) as site:
+            server = site.servers[0]
+            await site.engine.update_weights([], 4)
+            task = asyncio.create_task(site.generate())
+            await site.until(lambda: site.figures()["workers_stale"] == 1)
+            await asyncio.sleep(0.5)  # five times as long
+            assert not task.done()
+            server.version = "4"
+            assert (await task).weight_spans == (WeightSpan(4, 0, 4),)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("controls", [True, False])
+def test_addresses_that_cannot_be_read_at_the_start_are_told_when_the_weights_are_through(controls):
+    async def main():
+        async with Site(start=False, **({} if controls else {"weight_sync": None})) as site:
+
+            def addresses():
+                raise OSError("stale file handle")
+
+            site.engine._overseer._addresses = addresses
+            consumed = []
+            await site.engine.update_weights((consumed.append(i) for i in range(3)), 0)
+            assert consumed == [0, 1, 2], "a collective"
+            with pytest.raises(OSError, match="stale file handle"):
+                await site.generate()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("error", [OSError("stale file handle"), ValueError("line 2: half an address")])
+def test_addresses_that_cannot_be_read_for_a_while_cost_nothing(error):
+    async def main():
+        reads = []
+        async with Site(always(None)) as site:
+
+            def addresses():
+                reads.append(len(reads))
+                raise error
+
+            site.engine._overseer._addresses = addresses
+            await site.until(lambda: len(reads) > 2)
+            await site.generate()
+            other = await FakeServer(version="0", events=site.events).start()
+            site.servers.append(other)
+            site.engine._overseer._addresses = lambda: [other.url]
+            await site.served_again(other)
+
+    asyncio.run(main())
+
+
+def test_an_update_that_is_cancelled_before_it_began_takes_all_tensors():
+    async def main():
+        async with Site(always(None), start=False, health={"start_sec": 30}) as site:
+            site.servers[0].silent.set()
+            consumed = []
+            update = asyncio.create_task(site.engine.update_weights((consumed.append(i) for i in range(3)), 0))
+            await site.until(lambda: site.figures()["workers_starting"] == 1)
+            update.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await update
+            assert consumed == [0, 1, 2] and site.sync.pushed == []
+
+    asyncio.run(main())
+
+
 def test_a_server_that_ends_responses_elsewhere_ends_the_run():
     async def main():
         model = ModelFacts(vocab_size=VOCAB_SIZE, max_positions=64, eos_token_ids={2})
@@ -526,6 +595,11 @@ def test_servers_without_their_memory_are_left_alone_until_the_next_weights():
             for _ in range(3):
                 await asyncio.sleep(0.05)  # some probes' time
                 assert site.figures()["workers_healthy"] == 2 and not site.sync.caught_up, "nobody looks"
+            site.engine._fleet.failed(site.urls[0], FailureKind.SERVER_ERROR, "why", 0)  # an answer that came late
+            trials = [event for event in site.events if event[0] == "trial"]
+            await asyncio.sleep(0.1)
+            assert site.figures()["workers_suspect"] == 1
+            assert [event for event in site.events if event[0] == "trial"] == trials, "it would end itself"
             await site.engine.update_weights([], 1)
             completion = await site.generate()
             assert completion.weight_spans == (WeightSpan(1, 0, 4),)

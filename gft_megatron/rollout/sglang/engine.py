@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -162,33 +162,21 @@ class SGLangEngine(RolloutEngine):
     async def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """
         Raises:
-            FleetLost, ValueError: as `generate`; the tensors are consumed all the same.
+            ValueError, OSError: as `WeightSync.push`; the tensors are consumed all the same.
         """
         assert self._asynchronous or not self._requests, "update_weights while requests are in flight"
-        self._overseer.start()
-        if self._weight_sync is None:
-            for _ in named_tensors:
-                await asyncio.sleep(0)  # requests may be in flight
-            self._expect(version)
-            return
-        if self.weight_version < 0:
-            await self._overseer.first_answers()
-        await self._overseer.stop_catching_up()
-        self._fleet.paused = True
+        tensors = iter(named_tensors)
         try:
-            outcome = await self._weight_sync.push(
-                self._fleet.reachable(), named_tensors, version, allow_running=self._asynchronous
-            )
+            self._overseer.start()
+            if self._weight_sync is None:
+                for _ in tensors:
+                    await asyncio.sleep(0)  # requests may be in flight
+                self._expect(version)
+            else:
+                await self._push(self._weight_sync, tensors, version)
         finally:
-            self._fleet.paused = False
-        self._sync_sec = outcome.seconds
-        self._expect(version)
-        for url in outcome.acknowledged:
-            self._fleet.acknowledged(url, str(version), self._now())
-        for url, reason in outcome.failed.items():
-            _logger.warning("%s did not take weights %d and is left out: %s", url, version, reason)
-            self._fleet.rejected(url, reason, self._now())
-        self._tell_waiters()
+            for _ in tensors:
+                pass
 
     async def release_memory(self) -> None:
         """Servers on the trainer's GPUs leave it their memory, until they are given the next weights."""
@@ -286,6 +274,26 @@ class SGLangEngine(RolloutEngine):
                     waiter.set_result(None)
 
     # Weights
+
+    async def _push(self, weight_sync: WeightSync, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
+        if self.weight_version < 0:
+            await self._overseer.first_answers()
+        await self._overseer.stop_catching_up()
+        self._fleet.paused = True
+        try:
+            outcome = await weight_sync.push(
+                self._fleet.reachable(), tensors, version, allow_running=self._asynchronous
+            )
+        finally:
+            self._fleet.paused = False
+        self._sync_sec = outcome.seconds
+        self._expect(version)
+        for url in outcome.acknowledged:
+            self._fleet.acknowledged(url, str(version), self._now())
+        for url, reason in outcome.failed.items():
+            _logger.warning("%s did not take weights %d and is left out: %s", url, version, reason)
+            self._fleet.rejected(url, reason, self._now())
+        self._tell_waiters()
 
     def _expect(self, version: int) -> None:
         self.weight_version = version

@@ -100,7 +100,7 @@ class Worker:
         """A whole response came, and was right."""
         if self.state in (State.DEAD, State.STARTING):  # late: it says nothing of who lives there now
             return self
-        proved = replace(self, proved=True, failures=0)
+        proved = replace(self, proved=True, failures=0, misses=0)
         return proved if self.state is State.STALE else proved._to(State.HEALTHY, now)
 
     def failed(self, kind: FailureKind, reason: str, limits: HealthLimits, now: float) -> Worker:
@@ -175,6 +175,13 @@ class Fleet:
         return not any(
             worker.state is State.HEALTHY
             or (worker.state is State.STARTING and now - worker.since < self.limits.start_sec)
+            for worker in self.workers.values()
+        )
+
+    def awaits_weights(self, now: float) -> bool:
+        """Some server is to be given the newest weights yet, which may take a while where they are large."""
+        return any(
+            worker.state is State.STALE and not worker.doubted and now - worker.since < self.limits.stale_dead_sec
             for worker in self.workers.values()
         )
 

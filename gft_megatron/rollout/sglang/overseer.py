@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +16,8 @@ from gft_megatron.rollout.sglang.http import FailureKind, Http, WorkerError
 from gft_megatron.rollout.sglang.loads import Load
 from gft_megatron.rollout.sglang.trial import try_out
 from gft_megatron.rollout.sglang.watcher import Hands, ProbeLimits, Watcher
+
+_logger = logging.getLogger(__name__)
 
 
 class Overseer:
@@ -66,7 +69,7 @@ class Overseer:
             return
         try:
             self._list_workers()
-        except ValueError as error:  # told by the next `generate`: whoever updates weights has a collective to end
+        except (ValueError, OSError) as error:  # told by the next `generate`: an update of weights is a collective
             self.failure = error
         self._overseeing = asyncio.ensure_future(self._guarded(self._oversee()))
 
@@ -143,11 +146,20 @@ class Overseer:
         """What concerns all servers: which there are, whether there is hope, whether anything moves behind a router."""
         hopeless_for = stuck_for = 0.0
         marks: list[object] = []
+        unread = ""
         while True:
             await asyncio.sleep(self._probes.every_sec)
-            self._list_workers()
-            hopeless = self._fleet.hopeless(self._now()) and not self._fleet.paused and self._is_needed()
-            hopeless_for = hopeless_for + self._probes.every_sec if hopeless else 0.0
+            try:
+                self._list_workers()
+                unread = ""
+            except (ValueError, OSError) as error:  # those that are known may be all there are
+                if str(error) != unread:
+                    unread = str(error)
+                    _logger.warning("the servers' addresses cannot be read, the known ones stay: %s", error)
+            if not self._fleet.hopeless(self._now()) or self._fleet.paused or not self._is_needed():
+                hopeless_for = 0.0
+            elif not self._fleet.awaits_weights(self._now()):
+                hopeless_for += self._probes.every_sec
             if hopeless_for >= self._lost_sec:
                 raise FleetLost(
                     f"no SGLang server could serve for {self._lost_sec:g} s: {self._fleet.describe()}. "

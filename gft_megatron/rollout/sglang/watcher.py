@@ -75,16 +75,17 @@ class Watcher:
         try:
             while True:
                 await self._look()
-                self._act()
-                self._hands.looked()
-                await self._rest()
                 for task in (self._trial, self._catch_up):
                     if task is not None and task.done() and not task.cancelled():
                         task.result()  # an error of theirs ends this too
+                self._act()
+                self._hands.looked()
+                await self._rest()
         finally:
             await self.stop_catching_up()
             if self._trial is not None:
                 self._trial.cancel()
+                await asyncio.wait([self._trial])
 
     async def stop_catching_up(self) -> None:
         if self._catch_up is not None:
@@ -134,6 +135,8 @@ class Watcher:
         self._hands.break_off("" if worker is None else worker.last_failure)
 
     def _act(self) -> None:
+        if self._fleet.paused:
+            return
         state = self._fleet.state(self._url)
         if state is State.SUSPECT and _idle(self._trial):
             self._trial = asyncio.ensure_future(self._hands.try_out())
@@ -141,7 +144,6 @@ class Watcher:
             state is State.STALE
             and self._hands.catch_up is not None
             and self._fleet.expected is not None
-            and not self._fleet.paused
             and _idle(self._catch_up)
         ):
             self._catch_up = asyncio.ensure_future(self._hands.catch_up())
