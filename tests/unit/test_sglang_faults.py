@@ -527,6 +527,26 @@ def test_an_update_that_is_cancelled_before_it_began_takes_all_tensors():
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("at_start", [True, False])
+def test_other_keys_end_a_run_at_its_start_and_leave_a_server_out_later(at_start):
+    async def main():
+        async with Site(always(None), always(None), start=not at_start) as site:
+            wrong, right = site.servers
+            if not at_start:
+                await site.generate()
+            wrong.refusing = True
+            if at_start:
+                await site.engine.update_weights([], 0)
+                with pytest.raises(ValueError, match="401.*GFT_SGLANG_API_KEY"):
+                    await site.generate()
+                return
+            await site.until(lambda: site.figures()["workers_dead"] == 1)
+            await asyncio.gather(*(site.generate(prompt=(3, i)) for i in range(8)))
+            assert len(right.generated()) >= 8
+
+    asyncio.run(main())
+
+
 def test_a_server_that_ends_responses_elsewhere_ends_the_run():
     async def main():
         model = ModelFacts(vocab_size=VOCAB_SIZE, max_positions=64, eos_token_ids={2})

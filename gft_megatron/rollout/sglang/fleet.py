@@ -148,6 +148,8 @@ class Fleet:
         self.expected: str | None = None
         self.workers: dict[str, Worker] = {}
         self.paused = False
+        self.has_served = False
+        """Some server was healthy once."""
 
     def listed(self, urls: Iterable[str], now: float) -> list[str]:
         """These are the servers now; returns those that are no longer."""
@@ -221,4 +223,5 @@ class Fleet:
 
     def _set(self, url: str, event: Callable[[Worker], Worker]) -> None:
         if url in self.workers:  # no longer listed: nobody asks
-            self.workers[url] = event(self.workers[url])
+            worker = self.workers[url] = event(self.workers[url])
+            self.has_served = self.has_served or worker.state is State.HEALTHY

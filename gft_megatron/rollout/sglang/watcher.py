@@ -70,7 +70,7 @@ class Watcher:
         """Until cancelled.
 
         Raises:
-            ValueError: a server that cannot be used, whatever its state.
+            ValueError: a server that cannot be used, whatever its state; wrong keys only until some server has served.
         """
         try:
             while True:
@@ -104,7 +104,8 @@ class Watcher:
                 version = await weight_version(self._http, self._url)
                 load = await read_load(self._http, self._url, timeout_sec=self._limits.timeout_sec)
         except (WorkerError, TimeoutError) as error:
-            if isinstance(error, WorkerError) and error.kind is FailureKind.REFUSED:
+            refused = isinstance(error, WorkerError) and error.kind is FailureKind.REFUSED
+            if refused and not self._fleet.has_served:  # later on it is one of many that has been started wrongly
                 raise ValueError(
                     f"{error}. Is it an SGLang server, and are GFT_SGLANG_API_KEY and GFT_SGLANG_ADMIN_KEY its keys?"
                 ) from error
