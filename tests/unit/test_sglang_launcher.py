@@ -169,6 +169,19 @@ def test_a_server_that_dies_again_and_again_is_left_dead(tmp_path, caplog):
     assert "was started 2 times: it is left dead" in caplog.records[-1].getMessage()
 
 
+def test_a_server_that_cannot_be_started_for_a_while_is_started_when_it_can(tmp_path, caplog):
+    with Launcher(options(tmp_path, max_restarts=1000), KEYS, tmp_path / "logs") as fleet:
+        fleet.start()
+        (server,) = fleet._servers
+        log, server.log = server.log, tmp_path / "config.json" / "a file is no folder"
+        os.kill(processes(tmp_path)[0][0], signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while "could not be started" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+        server.log = log
+        assert len(processes(tmp_path, starts=2)) == 2
+
+
 def test_servers_end_with_a_trainer_that_is_killed(tmp_path):
     trainer = os.fork()
     if trainer == 0:
