@@ -5,6 +5,7 @@ The servers are fakes, because a real one does not fail when it is told to; test
 
 import asyncio
 import random
+import resource
 import uuid
 from collections import Counter
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from gft_megatron.rollout.sglang import client
 from gft_megatron.rollout.sglang.client import ModelFacts
 from gft_megatron.rollout.sglang.engine import EngineLimits, SGLangEngine
 from gft_megatron.rollout.sglang.fleet import FleetLost, HealthLimits
-from gft_megatron.rollout.sglang.http import FailureKind, Keys
+from gft_megatron.rollout.sglang.http import FailureKind, Http, Keys
 from gft_megatron.rollout.sglang.watcher import ProbeLimits
 
 MODEL = ModelFacts(vocab_size=VOCAB_SIZE, max_positions=64, eos_token_ids={EOS})
@@ -625,6 +626,22 @@ def test_servers_without_their_memory_are_left_alone_until_the_next_weights():
             assert completion.weight_spans == (WeightSpan(1, 0, 4),)
 
     asyncio.run(main())
+
+
+def test_many_requests_do_not_run_out_of_files():
+    async def main():
+        server = await FakeServer().start()
+        async with Http(Keys()) as http:
+            answers = await asyncio.gather(*(http.call(server.url, "/v1/loads", timeout_sec=30) for _ in range(100)))
+        assert len(answers) == 100
+        await server.stop()
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (80, before[1]))
+    try:
+        asyncio.run(main())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_figures():

@@ -217,6 +217,8 @@ class Fleet:
 
     def describe(self) -> str:
         """One line: every server, its state and what went wrong last."""
+        if not self.workers:
+            return "none is listed"
         return "; ".join(
             f"{w.url} {w.state}" + (f" ({w.last_failure})" if w.last_failure else "") for w in self.workers.values()
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import TracebackType
@@ -137,6 +138,9 @@ class Http:
 
 def _session() -> aiohttp.ClientSession:
     """Belongs to the event loop that runs now."""
+    # Each request in flight has a connection of its own; 1,024 files are all that many systems allow at first.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return aiohttp.ClientSession(
         # Servers drop idle connections after 5 s; a request on one that is just being dropped would fail.
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0),
