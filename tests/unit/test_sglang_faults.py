@@ -419,6 +419,20 @@ def test_a_server_that_does_not_take_new_weights_is_left_out_until_it_does():
     asyncio.run(main())
 
 
+def test_a_server_that_was_away_and_has_the_newest_weights_needs_no_update():
+    async def main():
+        async with Site(always(None)) as site:
+            server = site.servers[0]
+            site.sync.failing = {server.url: "only with the next weights"}  # as by broadcast
+            await server.stop()
+            await site.until(lambda: site.figures()["workers_dead"] == 1)
+            await server.start()
+            await site.served_again(server)
+            assert site.sync.caught_up == []
+
+    asyncio.run(main())
+
+
 def test_a_pause_for_new_weights_is_no_silence():
     async def main():
         async with Site(always("slow"), probe_timeout=0.05, asynchronous=True) as site:

@@ -145,6 +145,7 @@ class Watcher:
             state is State.STALE
             and self._hands.catch_up is not None
             and self._fleet.expected is not None
+            and self._fleet.workers[self._url].version is not None  # one that was away may have the newest still
             and _idle(self._catch_up)
         ):
             self._catch_up = asyncio.ensure_future(self._hands.catch_up())
