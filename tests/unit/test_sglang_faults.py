@@ -488,6 +488,24 @@ def test_weights_that_others_bring_may_take_longer_than_a_lost_fleet():
     asyncio.run(main())
 
 
+def test_a_full_server_that_makes_tokens_is_not_lost():
+    async def main():
+        async with Site(always("slow"), limits={"lost_sec": 0.2}) as site:
+            server = site.servers[0]
+            task = asyncio.create_task(site.generate())
+            await site.until(lambda: server.running)
+            server.hanging = 1  # a trial has to wait for room
+            site.engine._fleet.failed(server.url, FailureKind.BROKEN_OFF, "why", 0)
+            await asyncio.sleep(0.8)  # four times as long
+            assert not task.done() and site.figures()["workers_suspect"] == 1
+            await site.engine.abort()
+            with pytest.raises(RequestAborted) as aborted:
+                await task
+            assert aborted.value.partial.token_ids.tolist() == TOKENS[:2]
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("controls", [True, False])
 def test_addresses_that_cannot_be_read_at_the_start_are_told_when_the_weights_are_through(controls):
     async def main():

@@ -88,6 +88,7 @@ def test_keys_are_in_no_log_argument_or_environment(tmp_path, monkeypatch):
     assert "server_args: {'api-key': '[key]', 'admin-api-key': '[key]'}\n" in log
     assert "\n[key] [key]\n" in log and log.endswith("unfinished \n")
     assert KEYS.api[:20] not in log and KEYS.admin[:20] not in log
+    assert KEYS.api not in repr(fleet._servers), "what a failed test or a debugger shows"
 
 
 def test_the_trainers_own_variables_do_not_reach_a_server(tmp_path, monkeypatch):

@@ -101,7 +101,7 @@ class _Server:
     url: str
     port: int
     command: list[str]
-    environment: dict[str, str]
+    environment: dict[str, str] = field(repr=False)  # the keys are in it
     log: Path
     process: subprocess.Popen | None = None
     """Of its guard (guard.py), which ends when it does."""

@@ -158,7 +158,7 @@ class Overseer:
                     _logger.warning("the servers' addresses cannot be read, the known ones stay: %s", error)
             if not self._fleet.hopeless(self._now()) or self._fleet.paused or not self._is_needed():
                 hopeless_for = 0.0
-            elif not self._fleet.awaits_weights(self._now()):
+            elif not self._fleet.awaits_weights(self._now()) and not self._gets_on():
                 hopeless_for += self._probes.every_sec
             if hopeless_for >= self._lost_sec:
                 raise FleetLost(
@@ -171,6 +171,10 @@ class Overseer:
                 stuck_for = stuck_for + self._probes.every_sec if still else 0.0
                 if stuck_for >= self._fleet.limits.dead_sec:
                     self._calls.break_off(self._router_url, FailureKind.NO_PROGRESS, "no server behind it made a token")
+
+    def _gets_on(self) -> bool:
+        """A server makes tokens, and is only too full to show it by a trial."""
+        return any(watcher.moves and self._fleet.state(url) is State.SUSPECT for url, watcher in self._watchers.items())
 
     async def _try_out(self, url: str) -> None:
         assert self._fleet.expected is not None, "a server that has the newest weights"

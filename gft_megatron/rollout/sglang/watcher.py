@@ -55,6 +55,8 @@ class Watcher:
         self._catch_up: asyncio.Task[None] | None = None
         self.load: Load | None = None
         """As of the last look."""
+        self.moves = False
+        """Whether tokens had come then since the look before."""
         self.others = 0
         """Requests that the server had from others then."""
 
@@ -109,6 +111,7 @@ class Watcher:
                 raise ValueError(
                     f"{error}. Is it an SGLang server, and are GFT_SGLANG_API_KEY and GFT_SGLANG_ADMIN_KEY its keys?"
                 ) from error
+            self.moves = False
             self._fleet.unanswered(self._url, str(error) or "no answer to a probe", self._now())
             if self._fleet.state(self._url) is State.DEAD:
                 self._given_up()
@@ -117,9 +120,9 @@ class Watcher:
             return
         own = self._hands.own_requests()
         on_server = load.running + load.queued
-        moved = self.load is None or self.load.mark != load.mark
+        self.moves = self.load is None or self.load.mark != load.mark
         # Requests that the server knows nothing of do not move, whatever else does.
-        alive = not own if not on_server else moved
+        alive = not own if not on_server else self.moves
         self._silent_for = 0.0 if alive else self._silent_for + self._elapsed()
         self._looked_at = self._now()
         self.load = load
