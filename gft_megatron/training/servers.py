@@ -22,7 +22,7 @@ from gft_megatron.rollout.sglang.addresses import Discovery, own_address, parse_
 from gft_megatron.rollout.sglang.client import ModelFacts
 from gft_megatron.rollout.sglang.engine import EngineLimits, SGLangEngine
 from gft_megatron.rollout.sglang.http import Keys
-from gft_megatron.rollout.sglang.keys import keys_for_launch, read_keys
+from gft_megatron.rollout.sglang.keys import is_loopback, keys_for_launch, read_keys
 from gft_megatron.rollout.sglang.launcher import Launcher, LaunchOptions
 from gft_megatron.rollout.sglang.weight_sync import build_weight_sync
 from gft_megatron.training.exchange import all_or_none, on_rank_zero
@@ -130,7 +130,6 @@ def _options(config: RunConfig, engine: EngineConfig) -> LaunchOptions:
         arguments += ["--load-format", "dummy"]
     if engine.colocate and torch.cuda.is_available():
         arguments.append("--enable-memory-saver")
-    several_nodes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < dist.get_world_size()
     return LaunchOptions(
         python=Path(python),
         model=Path(config.model.hf_checkpoint),
@@ -138,7 +137,21 @@ def _options(config: RunConfig, engine: EngineConfig) -> LaunchOptions:
         tensor_parallel_size=engine.sglang_tensor_parallel_size,
         device="cuda" if torch.cuda.is_available() else "cpu",
         gpus=engine.sglang_gpus,
-        host=own_address(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])) if several_nodes else "127.0.0.1",
+        host=_host(),
         port=engine.sglang_port,
         extra_arguments=(*arguments, *engine.sglang_args),
     )
+
+
+def _host() -> str:
+    """Where every node of the run reaches the servers of this one."""
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == dist.get_world_size():
+        return "127.0.0.1"
+    master = os.environ["MASTER_ADDR"]
+    host = own_address(master, int(os.environ["MASTER_PORT"]))
+    if is_loopback(host):  # so many systems name themselves in /etc/hosts
+        raise ValueError(
+            f"MASTER_ADDR={master} is {host} on its own node, where other nodes cannot reach servers: give torchrun an "
+            f"address of the network (--master-addr), or correct /etc/hosts"
+        )
+    return host
