@@ -7,7 +7,7 @@ Whether a generation gets anywhere is seen by one question a second for all of a
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ class ModelFacts:
     vocab_size: int
     """Rows of the output layer (config.json), not of the tokenizer."""
     max_positions: int
-    eos_token_ids: Collection[int]
+    eos_token_ids: Set[int]
 
     def check(self, request: GenerateRequest) -> None:
         """A token id that a server does not have would kill it, with everybody's requests; it has to end here.
@@ -48,7 +48,7 @@ class ModelFacts:
         rid, prompt, new = request.request_id, request.prompt_ids, request.sampling.max_new_tokens
         if not re.fullmatch(r"[0-9a-f]{32}", rid):
             raise RequestRefused(rid, "a request id has 32 hex digits: SGLang aborts whatever begins with one")
-        if not prompt or not all(0 <= token < self.vocab_size for token in prompt):
+        if not prompt or min(prompt) < 0 or max(prompt) >= self.vocab_size:
             raise RequestRefused(rid, f"the prompt is empty or has a token outside the vocabulary of {self.vocab_size}")
         if new < 1 or len(prompt) + new > self.max_positions or len(prompt) > self.max_positions - _PROMPT_MARGIN:
             raise RequestRefused(
@@ -159,7 +159,7 @@ def _read_answer(answer: Any, rid: str, vocab_size: int) -> tuple[Partial, dict[
         raise _Malformed("output_ids or output_token_logprobs is missing")
     if not len(ids) == len(pairs) == meta.get("completion_tokens"):
         raise _Malformed(f"{len(ids)} tokens, {len(pairs)} log-probs, told were {meta.get('completion_tokens')}")
-    if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+    if set(map(type, ids)) - {int} or min(ids, default=0) < 0 or max(ids, default=0) >= vocab_size:
         raise _Malformed(f"a token is outside the vocabulary of {vocab_size}")
     try:
         values = [pair[0] for pair in pairs]
@@ -167,12 +167,15 @@ def _read_answer(answer: Any, rid: str, vocab_size: int) -> tuple[Partial, dict[
             raise _Malformed("the log-probs are of other tokens")
     except (TypeError, IndexError, KeyError):
         raise _Malformed("output_token_logprobs are no pairs") from None
-    if not all(type(value) in (float, int) and _LEAST_FLOAT < value <= _ABOVE_ZERO for value in values):  # NaN neither
-        raise _Malformed("a log-prob is missing, not finite or positive")
+    if set(map(type, values)) - {float}:  # SGLang sends 0.0 and never 0
+        raise _Malformed("a log-prob is missing or no number")
+    log_probs = np.array(values, np.float64)
+    if not ((log_probs > _LEAST_FLOAT) & (log_probs <= _ABOVE_ZERO)).all():  # NaN neither
+        raise _Malformed("a log-prob is not finite or positive")
     return (
         Partial(
             token_ids=np.array(ids, np.int64),
-            log_probs=np.minimum(np.array(values, np.float32), 0.0),
+            log_probs=np.minimum(log_probs, 0.0).astype(np.float32),
             weight_spans=_spans(meta.get("weight_versions"), len(ids)),
         ),
         finish,
@@ -204,36 +207,37 @@ def _check_versions(drawn: Partial, oldest: int, url: str, rid: str) -> None:
         )
 
 
-def _reason_of_late_abort(drawn: Partial, max_new_tokens: int, eos_token_ids: Collection[int]) -> FinishReason | None:
+def _reason_of_late_abort(drawn: Partial, max_new_tokens: int, ends: Set[int]) -> FinishReason | None:
     """Of a response that had ended when its abort came; None of one that had not."""
     ids = drawn.token_ids
-    if len(ids) and ids[-1] in eos_token_ids:
+    if len(ids) and int(ids[-1]) in ends:
         return FinishReason.STOP
     return FinishReason.LENGTH if len(ids) == max_new_tokens else None
 
 
 def _finish_reason(
-    drawn: Partial, finish: dict[str, Any], max_new_tokens: int, eos_token_ids: Collection[int], url: str
+    drawn: Partial, finish: dict[str, Any], max_new_tokens: int, ends: Set[int], url: str
 ) -> FinishReason:
     """Of a response that ended by itself, and in one of the ways in which one can."""
     kind, matched = finish.get("type"), finish.get("matched")
     ids = drawn.token_ids
     if not len(ids):
         raise _Malformed("there is not one token")
-    ends = np.flatnonzero(np.isin(ids, list(eos_token_ids)))
-    if len(ends) and ends[0] + 1 < len(ids):
-        raise _Malformed(f"it goes on after its end at token {ends[0]}")
-    if kind == "stop" and type(matched) is int and matched == ids[-1]:
-        if not len(ends):
+    *before, last = ids.tolist()
+    if not ends.isdisjoint(before):
+        raise _Malformed("it goes on after an end token")
+    ended = last in ends
+    if kind == "stop" and type(matched) is int and matched == last:
+        if not ended:
             raise ValueError(
-                f"{url} ends responses at token {matched}, and the end tokens of this run are {sorted(eos_token_ids)}: "
+                f"{url} ends responses at token {matched}, and the end tokens of this run are {sorted(ends)}: "
                 f"the servers' model folder and --hf-checkpoint have to name the same ones (generation_config.json)"
             )
     elif kind != "length":  # "NaN happened" is a stop to SGLang, with an end token put in the place of the broken one
         raise _Malformed(f"it ended by {str(finish)[:100]}")
-    if not len(ends) and len(ids) != max_new_tokens:
+    if not ended and len(ids) != max_new_tokens:
         raise _Malformed(
             f"it was cut off after {len(ids)} of {max_new_tokens} tokens: the server's --context-length or its KV "
             f"cache (--max-total-tokens) is too small"
         )
-    return FinishReason.STOP if len(ends) else FinishReason.LENGTH
+    return FinishReason.STOP if ended else FinishReason.LENGTH
