@@ -133,6 +133,10 @@ class FakeServer:
         finally:
             self.hanging -= 1
 
+    async def _play_late(self, request, body, fault):
+        await asyncio.sleep(0.1)
+        return await self._play(request, body, None)
+
     async def _play_lost(self, request, body, fault):
         """Forgets the request, and goes on with others."""
         self.running.pop(body["rid"])

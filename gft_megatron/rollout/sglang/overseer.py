@@ -170,6 +170,7 @@ class Overseer:
                 still = marks == before and not self._fleet.paused and self._calls.at(self._router_url)
                 stuck_for = stuck_for + self._probes.every_sec if still else 0.0
                 if stuck_for >= self._fleet.limits.dead_sec:
+                    stuck_for = 0.0
                     self._calls.break_off(self._router_url, FailureKind.NO_PROGRESS, "no server behind it made a token")
 
     def _gets_on(self) -> bool:
