@@ -42,7 +42,8 @@ class EngineLimits:
     """Seconds, each the most that is waited for something."""
 
     lost_sec: float = 90.0
-    """For any server to serve again; with `HealthLimits.dead_sec`, a run without servers ends in two minutes."""
+    """For any server to serve again; with `HealthLimits.dead_sec`, a run without servers ends in two minutes. While one
+    is given weights, or makes tokens and has no room for a trial, the time stands still."""
     request_sec: float = 3600.0
     """For one response, however well its server gets on."""
     abort_sec: float = 2.0

@@ -46,7 +46,7 @@ class HealthLimits:
     start_sec: float = 300.0
     """Without a first answer."""
     misses: int = 3
-    """Probes without an answer, in a row."""
+    """Probes without an answer, and no completion in between."""
     failures: int = 3
     """Requests without a completion in between."""
 
