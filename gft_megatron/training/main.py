@@ -23,7 +23,7 @@ def main() -> None:
         _fail(error, status=2)
     _prepare_process()
 
-    from gft_megatron.rollout.sglang.engine import FleetLost
+    from gft_megatron.rollout.sglang.fleet import FleetLost
     from gft_megatron.training import cpu
 
     cpu.install()

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,10 +22,10 @@ from gft_megatron.rollout.sglang.addresses import Discovery, own_address, parse_
 from gft_megatron.rollout.sglang.client import ModelFacts
 from gft_megatron.rollout.sglang.engine import EngineLimits, SGLangEngine
 from gft_megatron.rollout.sglang.http import Keys
-from gft_megatron.rollout.sglang.keys import keys_for_launch, read_keys
+from gft_megatron.rollout.sglang.keys import is_loopback, keys_for_launch, read_keys
 from gft_megatron.rollout.sglang.launcher import Launcher, LaunchOptions
 from gft_megatron.rollout.sglang.weight_sync import build_weight_sync
-from gft_megatron.training.exchange import on_rank_zero
+from gft_megatron.training.exchange import all_or_none, on_rank_zero
 from gft_megatron.training.parallel import is_replica_leader
 
 
@@ -37,7 +36,8 @@ class Servers:
     addresses: Callable[[], Sequence[str]]
     """As of now: servers come and go."""
     keys: Keys
-    launcher: Launcher | None
+    router_url: str | None
+    launcher: Launcher | None = None
     """On the one rank of a node that has started some."""
 
     def close(self) -> None:
@@ -49,16 +49,18 @@ def find_servers(config: RunConfig, console: Console) -> Servers:
     """Start the servers of this node, or read where they are; collective over the world.
 
     Raises:
-        ValueError, OSError: on every rank, what is wrong with the flags, or why a server did not start.
+        ValueError, OSError: what is wrong with the flags, or why a server did not start.
+        FailedElsewhere: a server of another node did not start.
     """
     engine = config.engine
+    router_url = None if engine.sglang_router_url is None else parse_url(engine.sglang_router_url)
     if engine.sglang_workers_per_node:
-        return _launch(config, console)
+        return _launch(config, router_url, console)
     keys = read_keys()
     if engine.sglang_discovery_file is not None:
-        return Servers(Discovery(Path(engine.sglang_discovery_file)).urls, keys, None)
+        return Servers(Discovery(Path(engine.sglang_discovery_file)).urls, keys, router_url)
     urls = parse_urls(engine.sglang_urls)
-    return Servers(lambda: urls, keys, None)
+    return Servers(lambda: urls, keys, router_url)
 
 
 def build_engine(config: RunConfig, servers: Servers, shape: ModelShape, eos_token_id: int) -> SGLangEngine | None:
@@ -87,31 +89,32 @@ def build_engine(config: RunConfig, servers: Servers, shape: ModelShape, eos_tok
         # An evaluation hands over weights while the next rollout is being drawn; --max-staleness may be a phase's own.
         asynchronous=True,
         limits=EngineLimits(lost_sec=engine.sglang_lost_timeout_sec),
-        router_url=None if engine.sglang_router_url is None else parse_url(engine.sglang_router_url),
+        router_url=servers.router_url,
     )
 
 
-def _launch(config: RunConfig, console: Console) -> Servers:
+def _launch(config: RunConfig, router_url: str | None, console: Console) -> Servers:
     engine = config.engine
     keys = on_rank_zero(keys_for_launch)
-    launcher, outcome = None, None
-    title = f"starting {engine.sglang_workers_per_node} SGLang servers on each node"
-    with console.stage(title):
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            try:
-                launcher = Launcher(_options(config, engine), keys, Path(config.output.run_dir) / "sglang")
-                outcome = launcher.start()
-            except (ValueError, OSError) as error:
-                outcome = error
-        outcomes: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, outcome)
-    for found in outcomes:
-        if isinstance(found, Exception):
-            if launcher is not None:
-                launcher.close()
-            raise found
-    urls = tuple(url for found in outcomes if found is not None for url in found)
-    return Servers(lambda: urls, keys, launcher)
+    launcher: Launcher | None = None
+
+    def start() -> tuple[str, ...]:
+        nonlocal launcher
+        if int(os.environ.get("LOCAL_RANK", "0")):
+            return ()
+        launcher = Launcher(_options(config, engine), keys, Path(config.output.run_dir) / "sglang")
+        return launcher.start()
+
+    found: list[tuple[str, ...]] = [()] * dist.get_world_size()
+    try:
+        with console.stage(f"starting {engine.sglang_workers_per_node} SGLang servers on each node"):
+            dist.all_gather_object(found, all_or_none(start))
+    except BaseException:
+        if launcher is not None:
+            launcher.close()
+        raise
+    urls = tuple(url for of_rank in found for url in of_rank)
+    return Servers(lambda: urls, keys, router_url, launcher)
 
 
 def _options(config: RunConfig, engine: EngineConfig) -> LaunchOptions:
@@ -123,14 +126,10 @@ def _options(config: RunConfig, engine: EngineConfig) -> LaunchOptions:
         )
     arguments = ["--dtype", "bfloat16" if config.model.bf16 else "float32"]
     arguments += ["--random-seed", str(config.optimizer.seed)]
-    if config.model.random_init:
-        arguments += [
-            "--load-format",
-            "dummy",
-        ]  # its folder has no weights; a server has the trainer's before it serves
+    if config.model.random_init:  # its folder has no weights; a server has the trainer's before it serves
+        arguments += ["--load-format", "dummy"]
     if engine.colocate and torch.cuda.is_available():
         arguments.append("--enable-memory-saver")
-    several_nodes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < dist.get_world_size()
     return LaunchOptions(
         python=Path(python),
         model=Path(config.model.hf_checkpoint),
@@ -138,7 +137,21 @@ def _options(config: RunConfig, engine: EngineConfig) -> LaunchOptions:
         tensor_parallel_size=engine.sglang_tensor_parallel_size,
         device="cuda" if torch.cuda.is_available() else "cpu",
         gpus=engine.sglang_gpus,
-        host=own_address(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])) if several_nodes else "127.0.0.1",
+        host=_host(),
         port=engine.sglang_port,
         extra_arguments=(*arguments, *engine.sglang_args),
     )
+
+
+def _host() -> str:
+    """Where every node of the run reaches the servers of this one."""
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == dist.get_world_size():
+        return "127.0.0.1"
+    master = os.environ["MASTER_ADDR"]
+    host = own_address(master, int(os.environ["MASTER_PORT"]))
+    if is_loopback(host):  # so many systems name themselves in /etc/hosts
+        raise ValueError(
+            f"MASTER_ADDR={master} is {host} on its own node, where other nodes cannot reach servers: give torchrun an "
+            f"address of the network (--master-addr), or correct /etc/hosts"
+        )
+    return host

@@ -10,8 +10,8 @@ import torch
 from engine_site import Site, check_whole, model_facts, request
 from transformers import AutoModelForCausalLM
 
-from gft_megatron.rollout.engine import FinishReason, RequestRefused
-from gft_megatron.rollout.sglang.client import ModelFacts, PartialCompletion
+from gft_megatron.rollout.engine import FinishReason, RequestAborted, RequestRefused
+from gft_megatron.rollout.sglang.client import ModelFacts
 from gft_megatron.rollout.sglang.fleet import State
 from gft_megatron.rollout.sglang.http import Http, WorkerError
 from gft_megatron.rollout.sglang.loads import read_load
@@ -113,11 +113,11 @@ def test_what_is_given_up_is_given_up_on_the_server(sglang_workers, sglang_keys,
             await site.until_idle()
             assert time.monotonic() - started < 30, "1900 tokens of 12 requests take longer"
             for end in ends:
-                assert isinstance(end, PartialCompletion if how == "aborted" else asyncio.CancelledError)
+                assert isinstance(end, RequestAborted if how == "aborted" else asyncio.CancelledError)
             if how == "aborted":
                 for one, end in zip(asked, ends, strict=True):
-                    assert end.request_id == one.request_id and len(end.completion.token_ids) < 1900
-                    assert len(end.completion.log_probs) == len(end.completion.token_ids)
+                    assert end.request_id == one.request_id and len(end.partial.token_ids) < 1900
+                    assert len(end.partial.log_probs) == len(end.partial.token_ids)
 
     asyncio.run(main())
 
@@ -135,7 +135,7 @@ def test_a_killed_server_costs_no_sample_and_serves_again_only_with_the_weights(
             asked = [request((5, 6, 7 + i), new=200) for i in range(64) for _ in range(8)]
             tasks = [asyncio.create_task(site.engine.generate(one)) for one in asked]
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)  # by then the others are on the servers
-            there = set(site.engine._calls[killed])
+            there = set(site.engine._calls.at(killed))
             assert 0 < len(there) < 511
             site.sync.refuse = {killed}
             sglang_launcher.kill(killed)

@@ -26,6 +26,7 @@ class FakeServer:
         self.hanging = 0
         self.uniform = True
         self.silent = asyncio.Event()  # set: no probe is answered
+        self.refusing = False  # as one that has other keys
         self.port = 0
         self._never = asyncio.Event()
 
@@ -35,7 +36,8 @@ class FakeServer:
 
     async def start(self):
         app = web.Application()
-        app.router.add_get("/server_info", lambda request: self._told({"version": "0.5.23"}))
+        for path in ("/server_info", "/get_server_info"):
+            app.router.add_get(path, lambda request: self._told({"version": "0.5.23"}))
         app.router.add_get("/model_info", lambda request: self._told({"weight_version": self.version}))
         app.router.add_get("/v1/loads", lambda request: self._told(self._loads()))
         app.router.add_post("/generate", self._generate)
@@ -58,6 +60,8 @@ class FakeServer:
     async def _told(self, answer):
         if self.silent.is_set():
             await self._never.wait()
+        if self.refusing:
+            return web.json_response({"error": "Unauthorized"}, status=401)
         return web.json_response(answer)
 
     def _loads(self):
@@ -81,6 +85,8 @@ class FakeServer:
         return web.Response()
 
     async def _generate(self, request):
+        if self.refusing:
+            return web.json_response({"error": "Unauthorized"}, status=401)
         body = await request.json()
         rid = body["rid"]
         if body["sampling_params"]["temperature"] > 1000:
@@ -126,6 +132,10 @@ class FakeServer:
             await self._never.wait()
         finally:
             self.hanging -= 1
+
+    async def _play_late(self, request, body, fault):
+        await asyncio.sleep(0.1)
+        return await self._play(request, body, None)
 
     async def _play_lost(self, request, body, fault):
         """Forgets the request, and goes on with others."""

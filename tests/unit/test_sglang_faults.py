@@ -5,6 +5,7 @@ The servers are fakes, because a real one does not fail when it is told to; test
 
 import asyncio
 import random
+import resource
 import uuid
 from collections import Counter
 from types import SimpleNamespace
@@ -23,10 +24,10 @@ from gft_megatron.rollout.engine import (
     SamplingParams,
 )
 from gft_megatron.rollout.sglang import client
-from gft_megatron.rollout.sglang.client import ModelFacts, PartialCompletion
-from gft_megatron.rollout.sglang.engine import EngineLimits, FleetLost, SGLangEngine
-from gft_megatron.rollout.sglang.fleet import HealthLimits
-from gft_megatron.rollout.sglang.http import Keys
+from gft_megatron.rollout.sglang.client import ModelFacts
+from gft_megatron.rollout.sglang.engine import EngineLimits, SGLangEngine
+from gft_megatron.rollout.sglang.fleet import FleetLost, HealthLimits
+from gft_megatron.rollout.sglang.http import FailureKind, Http, Keys
 from gft_megatron.rollout.sglang.watcher import ProbeLimits
 
 MODEL = ModelFacts(vocab_size=VOCAB_SIZE, max_positions=64, eos_token_ids={EOS})
@@ -363,9 +364,9 @@ def test_a_request_that_is_given_up_leaves_nothing_on_the_server(how):
             if how == "cancelled":
                 assert {type(end) for end in ends} == {asyncio.CancelledError}
             else:
-                assert {type(end) for end in ends} == {PartialCompletion}
+                assert {type(end) for end in ends} == {RequestAborted}
                 assert [end.request_id for end in ends] == [one.request_id for one in asked]
-                assert ends[0].completion.token_ids.tolist() == TOKENS[:2]
+                assert ends[0].partial.token_ids.tolist() == TOKENS[:2]
             assert site.failures() == {} and site.figures()["retries"] == 0
 
     asyncio.run(main())
@@ -418,6 +419,20 @@ def test_a_server_that_does_not_take_new_weights_is_left_out_until_it_does():
     asyncio.run(main())
 
 
+def test_a_server_that_was_away_and_has_the_newest_weights_needs_no_update():
+    async def main():
+        async with Site(always(None)) as site:
+            server = site.servers[0]
+            site.sync.failing = {server.url: "only with the next weights"}  # as by broadcast
+            await server.stop()
+            await site.until(lambda: site.figures()["workers_dead"] == 1)
+            await server.start()
+            await site.served_again(server)
+            assert site.sync.caught_up == []
+
+    asyncio.run(main())
+
+
 def test_a_pause_for_new_weights_is_no_silence():
     async def main():
         async with Site(always("slow"), probe_timeout=0.05, asynchronous=True) as site:
@@ -436,7 +451,7 @@ def test_a_pause_for_new_weights_is_no_silence():
             await update
             assert site.engine._fleet.servable() == site.urls
             await site.engine.abort()
-            with pytest.raises(PartialCompletion):
+            with pytest.raises(RequestAborted):
                 await task
 
     asyncio.run(main())
@@ -454,6 +469,113 @@ def test_an_engine_that_does_not_control_waits_for_the_servers_word():
             assert server.generated() == []
             server.version = "4"
             assert (await task).weight_spans == (WeightSpan(4, 0, 4),)
+
+    asyncio.run(main())
+
+
+def test_weights_that_others_bring_may_take_longer_than_a_lost_fleet():
+    async def main():
+        async with Site(always(None), weight_sync=None, start=False, limits={"lost_sec": 0.1}) as site:
+            server = site.servers[0]
+            await site.engine.update_weights([], 4)
+            task = asyncio.create_task(site.generate())
+            await site.until(lambda: site.figures()["workers_stale"] == 1)
+            await asyncio.sleep(0.5)  # five times as long
+            assert not task.done()
+            server.version = "4"
+            assert (await task).weight_spans == (WeightSpan(4, 0, 4),)
+
+    asyncio.run(main())
+
+
+def test_a_full_server_that_makes_tokens_is_not_lost():
+    async def main():
+        async with Site(always("slow"), limits={"lost_sec": 0.2}) as site:
+            server = site.servers[0]
+            task = asyncio.create_task(site.generate())
+            await site.until(lambda: server.running)
+            server.hanging = 1  # a trial has to wait for room
+            site.engine._fleet.failed(server.url, FailureKind.BROKEN_OFF, "why", 0)
+            await asyncio.sleep(0.8)  # four times as long
+            assert not task.done() and site.figures()["workers_suspect"] == 1
+            await site.engine.abort()
+            with pytest.raises(RequestAborted) as aborted:
+                await task
+            assert aborted.value.partial.token_ids.tolist() == TOKENS[:2]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("controls", [True, False])
+def test_addresses_that_cannot_be_read_at_the_start_are_told_when_the_weights_are_through(controls):
+    async def main():
+        async with Site(start=False, **({} if controls else {"weight_sync": None})) as site:
+
+            def addresses():
+                raise OSError("stale file handle")
+
+            site.engine._overseer._addresses = addresses
+            consumed = []
+            await site.engine.update_weights((consumed.append(i) for i in range(3)), 0)
+            assert consumed == [0, 1, 2], "a collective"
+            with pytest.raises(OSError, match="stale file handle"):
+                await site.generate()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("error", [OSError("stale file handle"), ValueError("line 2: half an address")])
+def test_addresses_that_cannot_be_read_for_a_while_cost_nothing(error):
+    async def main():
+        reads = []
+        async with Site(always(None)) as site:
+
+            def addresses():
+                reads.append(len(reads))
+                raise error
+
+            site.engine._overseer._addresses = addresses
+            await site.until(lambda: len(reads) > 2)
+            await site.generate()
+            other = await FakeServer(version="0", events=site.events).start()
+            site.servers.append(other)
+            site.engine._overseer._addresses = lambda: [other.url]
+            await site.served_again(other)
+
+    asyncio.run(main())
+
+
+def test_an_update_that_is_cancelled_before_it_began_takes_all_tensors():
+    async def main():
+        async with Site(always(None), start=False, health={"start_sec": 30}) as site:
+            site.servers[0].silent.set()
+            consumed = []
+            update = asyncio.create_task(site.engine.update_weights((consumed.append(i) for i in range(3)), 0))
+            await site.until(lambda: site.figures()["workers_starting"] == 1)
+            update.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await update
+            assert consumed == [0, 1, 2] and site.sync.pushed == []
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("at_start", [True, False])
+def test_other_keys_end_a_run_at_its_start_and_leave_a_server_out_later(at_start):
+    async def main():
+        async with Site(always(None), always(None), start=not at_start) as site:
+            wrong, right = site.servers
+            if not at_start:
+                await site.generate()
+            wrong.refusing = True
+            if at_start:
+                await site.engine.update_weights([], 0)
+                with pytest.raises(ValueError, match="401.*GFT_SGLANG_API_KEY"):
+                    await site.generate()
+                return
+            await site.until(lambda: site.figures()["workers_dead"] == 1)
+            await asyncio.gather(*(site.generate(prompt=(3, i)) for i in range(8)))
+            assert len(right.generated()) >= 8
 
     asyncio.run(main())
 
@@ -499,18 +621,18 @@ def test_servers_come_and_go():
 
 def test_through_a_router_control_goes_straight_to_the_servers():
     async def main():
-        shared = once("NaN")
-        async with Site(always("status 500"), always("status 500"), start=False) as site:
-            router = await FakeServer(shared, version="0", events=site.events).start()
-            site.engine._router_url = router.url
+        router = await FakeServer(once("NaN"), version="0").start()
+        async with Site(always("status 500"), always("status 500"), router_url=router.url, start=False) as site:
+            router.events = site.events
             await site.engine.update_weights([], 0)
             asked = request()
             check_whole(await site.engine.generate(asked), asked.request_id)
             assert len(router.generated()) == 2 and all(not server.generated() for server in site.servers)
             aborts = {(url, rid) for name, url, rid in site.events if name == "abort"}
             assert aborts == {(url, asked.request_id) for url in site.urls}, "nobody knows which server has it"
-            router.fault = once("hang")
-            asked = request()
+            faults = ["late", "hang"]
+            router.fault = lambda body: faults.pop()
+            asked = request()  # the second try has as long as the first
             check_whole(await site.engine.generate(asked), asked.request_id)
             assert site.failures() == {"malformed": 1, "no_progress": 1}
             await router.stop()
@@ -527,11 +649,32 @@ def test_servers_without_their_memory_are_left_alone_until_the_next_weights():
             for _ in range(3):
                 await asyncio.sleep(0.05)  # some probes' time
                 assert site.figures()["workers_healthy"] == 2 and not site.sync.caught_up, "nobody looks"
+            site.engine._fleet.failed(site.urls[0], FailureKind.SERVER_ERROR, "why", 0)  # an answer that came late
+            trials = [event for event in site.events if event[0] == "trial"]
+            await asyncio.sleep(0.1)
+            assert site.figures()["workers_suspect"] == 1
+            assert [event for event in site.events if event[0] == "trial"] == trials, "it would end itself"
             await site.engine.update_weights([], 1)
             completion = await site.generate()
             assert completion.weight_spans == (WeightSpan(1, 0, 4),)
 
     asyncio.run(main())
+
+
+def test_many_requests_do_not_run_out_of_files():
+    async def main():
+        server = await FakeServer().start()
+        async with Http(Keys()) as http:
+            answers = await asyncio.gather(*(http.call(server.url, "/v1/loads", timeout_sec=30) for _ in range(100)))
+        assert len(answers) == 100
+        await server.stop()
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (80, before[1]))
+    try:
+        asyncio.run(main())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_figures():

@@ -139,6 +139,8 @@ def check_sequences(tested):
     assert after(*dead, "told the newest", "completed").state == STALE
     assert after(*dead, "told the newest", "told the newest", "completed").state == HEALTHY
     assert after("told the newest", "unanswered", "told the newest", "unanswered", "unanswered").state == SUSPECT
+    answering = ("told the newest", "unanswered", "unanswered", "completed", "unanswered")
+    assert after(*answering).state == SUSPECT, "a response is more than an answer to a probe"
     failed = "failed, malformed"
     assert after("told the newest", failed, failed, "completed", failed, failed).state == SUSPECT
     assert after("update failed", "told the newest").state == STALE, "while it starts, too"
@@ -176,6 +178,7 @@ MUTATIONS = [
     ("if self.doubted or self.version != expected:", "if self.version != expected:"),
     ("if self.doubted or self.version != expected:", "if self.doubted:"),
     ("if self.state in (State.DEAD, State.STARTING):  # late", "if False:  # late"),
+    ("replace(self, proved=True, failures=0, misses=0)", "replace(self, proved=True, failures=0)"),
     ("return proved if self.state is State.STALE else proved._to", "return proved._to"),
     ("if kind in _INNOCENT or self.state is State.DEAD:", "if self.state is State.DEAD:"),
     ("if kind in _INNOCENT or self.state is State.DEAD:", "if kind in _INNOCENT:"),
@@ -270,7 +273,17 @@ def test_hope():
     assert both.hopeless(6 + LIMITS.start_sec)
     both.listed([], 7)
     assert both.hopeless(7)
-    assert "http" not in both.describe()
+    assert both.describe() == "none is listed"
+
+
+def test_weights_that_are_on_their_way():
+    both = pair_of()
+    assert not both.awaits_weights(5)
+    both.weights_expected("1", 5)
+    both.rejected("http://a", "no room", 5)
+    assert both.awaits_weights(5 + 599) and not both.awaits_weights(5 + 600)
+    both.rejected("http://b", "no room", 6)
+    assert not both.awaits_weights(7), "nobody brings them"
 
 
 URLS = [f"http://10.0.0.{i}:30000" for i in range(8)]

@@ -88,6 +88,7 @@ def test_keys_are_in_no_log_argument_or_environment(tmp_path, monkeypatch):
     assert "server_args: {'api-key': '[key]', 'admin-api-key': '[key]'}\n" in log
     assert "\n[key] [key]\n" in log and log.endswith("unfinished \n")
     assert KEYS.api[:20] not in log and KEYS.admin[:20] not in log
+    assert KEYS.api not in repr(fleet._servers), "what a failed test or a debugger shows"
 
 
 def test_the_trainers_own_variables_do_not_reach_a_server(tmp_path, monkeypatch):
@@ -167,6 +168,19 @@ def test_a_server_that_dies_again_and_again_is_left_dead(tmp_path, caplog):
         assert not fleet._supervisors[0].is_alive()
     assert len(processes(tmp_path)) == 3
     assert "was started 2 times: it is left dead" in caplog.records[-1].getMessage()
+
+
+def test_a_server_that_cannot_be_started_for_a_while_is_started_when_it_can(tmp_path, caplog):
+    with Launcher(options(tmp_path, max_restarts=1000), KEYS, tmp_path / "logs") as fleet:
+        fleet.start()
+        (server,) = fleet._servers
+        log, server.log = server.log, tmp_path / "config.json" / "a file is no folder"
+        os.kill(processes(tmp_path)[0][0], signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while "could not be started" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+        server.log = log
+        assert len(processes(tmp_path, starts=2)) == 2
 
 
 def test_servers_end_with_a_trainer_that_is_killed(tmp_path):

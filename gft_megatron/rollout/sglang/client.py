@@ -6,10 +6,9 @@ Whether a generation gets anywhere is seen by one question a second for all of a
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,19 +28,6 @@ _UNUSED_POSITIONS = 2  # of a model's context: SGLang cuts max_new_tokens by so 
 _PROMPT_MARGIN = 7  # positions that it keeps free behind a prompt
 _ABOVE_ZERO = 1e-5  # the log of a probability that was rounded up
 _LEAST_FLOAT = -1e30  # SGLang's log of 0
-
-FLAT = 1e6
-"""A temperature at which every token is as likely as any other."""
-
-
-class PartialCompletion(RequestAborted):
-    """What an aborted request had drawn until then, every token checked: never a sample, but one may go on from it."""
-
-    def __init__(self, completion: Completion) -> None:
-        drawn = Partial(completion.token_ids, completion.log_probs, completion.weight_spans)
-        super().__init__(completion.request_id, f"aborted after {len(completion.token_ids)} tokens", drawn)
-        self.completion = completion
-        """Its `finish_reason` says LENGTH and means nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +92,7 @@ async def generate(
     model: ModelFacts,
     *,
     rid: str,
-    oldest_version: int | None,
+    oldest_version: int,
     timeout_sec: float,
 ) -> Completion:
     """Draw one response.
@@ -115,27 +101,33 @@ async def generate(
         url: of a server, or of a router before servers.
         request: one that `ModelFacts.check` let pass.
         rid: of this try; 32 hex digits.
-        oldest_version: of the weights that tokens may come from; None does not ask.
+        oldest_version: of the weights that tokens may come from.
         timeout_sec: for all of it. That it gets anywhere is for the caller to watch, who cancels this if not.
 
     Raises:
-        PartialCompletion: aborted.
+        RequestAborted: with what had been drawn, every token checked.
         WorkerError: there is no answer, or it is not a whole and plausible response.
         ValueError: the server ends responses at tokens that do not end them in this run.
     """
     answer = await http.call(url, "/generate", request_body(request, model, rid), timeout_sec=timeout_sec)
     try:
-        completion, finish = _read_answer(answer, rid, model.vocab_size)
-        _check_versions(completion, url, oldest_version)
+        drawn, finish = _read_answer(answer, rid, model.vocab_size)
+        _check_versions(drawn, oldest_version, url, rid)
         if finish.get("type") == "abort":
-            if len(completion.token_ids) and completion.token_ids[-1] in model.eos_token_ids:
-                return replace(completion, finish_reason=FinishReason.STOP)
-            if len(completion.token_ids) == model.max_new_tokens(request):
-                return completion  # it had ended when the abort came
-            raise PartialCompletion(completion)
-        return _finished(completion, finish, model.max_new_tokens(request), model.eos_token_ids, url)
+            reason = _reason_of_late_abort(drawn, model.max_new_tokens(request), model.eos_token_ids)
+            if reason is None:
+                raise RequestAborted(rid, f"aborted after {len(drawn.token_ids)} tokens", drawn)
+        else:
+            reason = _finish_reason(drawn, finish, model.max_new_tokens(request), model.eos_token_ids, url)
     except _Malformed as error:
         raise WorkerError(url, FailureKind.MALFORMED, f"request {rid}: {error}") from None
+    return Completion(
+        request_id=rid,
+        token_ids=drawn.token_ids,
+        log_probs=drawn.log_probs,
+        finish_reason=reason,
+        weight_spans=drawn.weight_spans,
+    )
 
 
 async def abort(http: Http, url: str, rid: str, *, timeout_sec: float) -> None:
@@ -151,7 +143,7 @@ class _Malformed(Exception):
     pass
 
 
-def _read_answer(answer: Any, rid: str, vocab_size: int) -> tuple[Completion, dict[str, Any]]:
+def _read_answer(answer: Any, rid: str, vocab_size: int) -> tuple[Partial, dict[str, Any]]:
     """Tokens, log-probs and spans, each checked; the finish reason as it came."""
     meta = answer.get("meta_info") if isinstance(answer, dict) else None
     if not isinstance(meta, dict):
@@ -181,11 +173,9 @@ def _read_answer(answer: Any, rid: str, vocab_size: int) -> tuple[Completion, di
     if not ((log_probs > _LEAST_FLOAT) & (log_probs <= _ABOVE_ZERO)).all():  # NaN neither
         raise _Malformed("a log-prob is not finite or positive")
     return (
-        Completion(
-            request_id=rid,
+        Partial(
             token_ids=np.array(ids, np.int64),
             log_probs=np.minimum(log_probs, 0.0).astype(np.float32),
-            finish_reason=FinishReason.LENGTH,
             weight_spans=_spans(meta.get("weight_versions"), len(ids)),
         ),
         finish,
@@ -209,21 +199,28 @@ def _spans(told: Any, length: int) -> tuple[WeightSpan, ...]:
     return tuple(spans)
 
 
-def _check_versions(completion: Completion, url: str, oldest: int | None) -> None:
-    versions = [span.version for span in completion.weight_spans]
-    if oldest is not None and min(versions, default=oldest) < oldest:
+def _check_versions(drawn: Partial, oldest: int, url: str, rid: str) -> None:
+    found = min((span.version for span in drawn.weight_spans), default=oldest)
+    if found < oldest:
         raise WorkerError(
-            url,
-            FailureKind.STALE,
-            f"request {completion.request_id}: drawn with weights {min(versions)}, {oldest} or newer were expected",
+            url, FailureKind.STALE, f"request {rid}: drawn with weights {found}, {oldest} or newer were expected"
         )
 
 
-def _finished(
-    completion: Completion, finish: dict[str, Any], max_new_tokens: int, ends: Set[int], url: str
-) -> Completion:
+def _reason_of_late_abort(drawn: Partial, max_new_tokens: int, ends: Set[int]) -> FinishReason | None:
+    """Of a response that had ended when its abort came; None of one that had not."""
+    ids = drawn.token_ids
+    if len(ids) and int(ids[-1]) in ends:
+        return FinishReason.STOP
+    return FinishReason.LENGTH if len(ids) == max_new_tokens else None
+
+
+def _finish_reason(
+    drawn: Partial, finish: dict[str, Any], max_new_tokens: int, ends: Set[int], url: str
+) -> FinishReason:
+    """Of a response that ended by itself, and in one of the ways in which one can."""
     kind, matched = finish.get("type"), finish.get("matched")
-    ids = completion.token_ids
+    ids = drawn.token_ids
     if not len(ids):
         raise _Malformed("there is not one token")
     *before, last = ids.tolist()
@@ -243,9 +240,4 @@ def _finished(
             f"it was cut off after {len(ids)} of {max_new_tokens} tokens: the server's --context-length or its KV "
             f"cache (--max-total-tokens) is too small"
         )
-    return replace(completion, finish_reason=FinishReason.STOP if ended else FinishReason.LENGTH)
-
-
-def is_uniform(log_probs: np.ndarray, vocab_size: int) -> bool:  # [n]
-    """Of tokens drawn at `FLAT`: are these the log-probs of softmax(logits / temperature) over this vocabulary?"""
-    return bool(np.all(np.abs(log_probs + math.log(vocab_size)) < 0.01))
+    return FinishReason.STOP if ended else FinishReason.LENGTH

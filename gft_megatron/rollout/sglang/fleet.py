@@ -16,6 +16,10 @@ _INNOCENT = frozenset({FailureKind.OVERLOADED, FailureKind.REFUSED, FailureKind.
 """Failures that say nothing against a server: it has enough to do, the request is wrong, somebody gave it up."""
 
 
+class FleetLost(Exception):
+    """No server can serve any more: the run ends. What was collected is kept."""
+
+
 class State(StrEnum):
     STARTING = "starting"
     """It has not answered yet."""
@@ -42,7 +46,7 @@ class HealthLimits:
     start_sec: float = 300.0
     """Without a first answer."""
     misses: int = 3
-    """Probes without an answer, in a row."""
+    """Probes without an answer, and no completion in between."""
     failures: int = 3
     """Requests without a completion in between."""
 
@@ -96,7 +100,7 @@ class Worker:
         """A whole response came, and was right."""
         if self.state in (State.DEAD, State.STARTING):  # late: it says nothing of who lives there now
             return self
-        proved = replace(self, proved=True, failures=0)
+        proved = replace(self, proved=True, failures=0, misses=0)
         return proved if self.state is State.STALE else proved._to(State.HEALTHY, now)
 
     def failed(self, kind: FailureKind, reason: str, limits: HealthLimits, now: float) -> Worker:
@@ -144,6 +148,8 @@ class Fleet:
         self.expected: str | None = None
         self.workers: dict[str, Worker] = {}
         self.paused = False
+        self.has_served = False
+        """Some server was healthy once."""
 
     def listed(self, urls: Iterable[str], now: float) -> list[str]:
         """These are the servers now; returns those that are no longer."""
@@ -171,6 +177,13 @@ class Fleet:
         return not any(
             worker.state is State.HEALTHY
             or (worker.state is State.STARTING and now - worker.since < self.limits.start_sec)
+            for worker in self.workers.values()
+        )
+
+    def awaits_weights(self, now: float) -> bool:
+        """Some server is to be given the newest weights yet, which may take a while where they are large."""
+        return any(
+            worker.state is State.STALE and not worker.doubted and now - worker.since < self.limits.stale_dead_sec
             for worker in self.workers.values()
         )
 
@@ -204,10 +217,13 @@ class Fleet:
 
     def describe(self) -> str:
         """One line: every server, its state and what went wrong last."""
+        if not self.workers:
+            return "none is listed"
         return "; ".join(
             f"{w.url} {w.state}" + (f" ({w.last_failure})" if w.last_failure else "") for w in self.workers.values()
         )
 
     def _set(self, url: str, event: Callable[[Worker], Worker]) -> None:
         if url in self.workers:  # no longer listed: nobody asks
-            self.workers[url] = event(self.workers[url])
+            worker = self.workers[url] = event(self.workers[url])
+            self.has_served = self.has_served or worker.state is State.HEALTHY

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import TracebackType
@@ -63,20 +64,11 @@ class Keys:
 
 
 class Http:
-    """A pool of connections, for all servers of a run. To be made and closed inside the event loop that uses it."""
+    """A pool of connections, for all servers of a run. To be used and closed inside one event loop."""
 
-    def __init__(self, keys: Keys, *, max_connections: int = 0) -> None:
-        """
-        Args:
-            max_connections: 0 for as many as there are calls.
-        """
+    def __init__(self, keys: Keys) -> None:
         self._keys = keys
-        self._session = aiohttp.ClientSession(
-            # Servers drop idle connections after 5 s; a request on one that is just being dropped would fail.
-            connector=aiohttp.TCPConnector(limit=max_connections, keepalive_timeout=3.0),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SEC),
-            trust_env=False,  # a proxy between trainer and servers would only be a mistake
-        )
+        self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Http:
         return self
@@ -87,7 +79,8 @@ class Http:
         await self.close()
 
     async def close(self) -> None:
-        await self._session.close()
+        if self._session is not None:
+            await self._session.close()
 
     async def call(
         self,
@@ -110,6 +103,8 @@ class Http:
         Raises:
             WorkerError: always with one of `FailureKind`.
         """
+        if self._session is None:
+            self._session = _session()
         verb = method or ("GET" if body is None else "POST")
         try:
             async with self._session.request(
@@ -139,6 +134,19 @@ class Http:
             return json.loads(raw)
         except ValueError as error:
             raise WorkerError(url, FailureKind.MALFORMED, f"{path} answered no JSON: {raw[:100]!r}") from error
+
+
+def _session() -> aiohttp.ClientSession:
+    """Belongs to the event loop that runs now."""
+    # Each request in flight has a connection of its own; 1,024 files are all that many systems allow at first.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return aiohttp.ClientSession(
+        # Servers drop idle connections after 5 s; a request on one that is just being dropped would fail.
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SEC),
+        trust_env=False,  # a proxy between trainer and servers would only be a mistake
+    )
 
 
 async def _read(answer: aiohttp.ClientResponse, url: str, path: str) -> bytes:

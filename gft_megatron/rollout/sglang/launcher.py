@@ -101,7 +101,7 @@ class _Server:
     url: str
     port: int
     command: list[str]
-    environment: dict[str, str]
+    environment: dict[str, str] = field(repr=False)  # the keys are in it
     log: Path
     process: subprocess.Popen | None = None
     """Of its guard (guard.py), which ends when it does."""
@@ -249,8 +249,14 @@ class Launcher:
                 server.url, _how_it_ended(server), back_off, server.log,
             )  # fmt: skip
             restarts += 1
-            if self._closing.wait(back_off) or not self._spawn(server):
+            if self._closing.wait(back_off):
                 return
+            try:
+                if not self._spawn(server):
+                    return
+            except OSError as error:  # no room for its log, or for a process: that may change
+                _log.warning("SGLang at %s could not be started: %s", server.url, error)
+                server.started = time.monotonic()
 
 
 def _server(options: LaunchOptions, keys: Keys, index: int, log_folder: Path) -> _Server:

@@ -55,6 +55,8 @@ class Watcher:
         self._catch_up: asyncio.Task[None] | None = None
         self.load: Load | None = None
         """As of the last look."""
+        self.moves = False
+        """Whether tokens had come then since the look before."""
         self.others = 0
         """Requests that the server had from others then."""
 
@@ -70,21 +72,22 @@ class Watcher:
         """Until cancelled.
 
         Raises:
-            ValueError: a server that cannot be used, whatever its state.
+            ValueError: a server that cannot be used, whatever its state; wrong keys only until some server has served.
         """
         try:
             while True:
                 await self._look()
-                self._act()
-                self._hands.looked()
-                await self._rest()
                 for task in (self._trial, self._catch_up):
                     if task is not None and task.done() and not task.cancelled():
                         task.result()  # an error of theirs ends this too
+                self._act()
+                self._hands.looked()
+                await self._rest()
         finally:
             await self.stop_catching_up()
             if self._trial is not None:
                 self._trial.cancel()
+                await asyncio.wait([self._trial])
 
     async def stop_catching_up(self) -> None:
         if self._catch_up is not None:
@@ -103,10 +106,12 @@ class Watcher:
                 version = await weight_version(self._http, self._url)
                 load = await read_load(self._http, self._url, timeout_sec=self._limits.timeout_sec)
         except (WorkerError, TimeoutError) as error:
-            if isinstance(error, WorkerError) and error.kind is FailureKind.REFUSED:
+            refused = isinstance(error, WorkerError) and error.kind is FailureKind.REFUSED
+            if refused and not self._fleet.has_served:  # later on it is one of many that has been started wrongly
                 raise ValueError(
                     f"{error}. Is it an SGLang server, and are GFT_SGLANG_API_KEY and GFT_SGLANG_ADMIN_KEY its keys?"
                 ) from error
+            self.moves = False
             self._fleet.unanswered(self._url, str(error) or "no answer to a probe", self._now())
             if self._fleet.state(self._url) is State.DEAD:
                 self._given_up()
@@ -115,9 +120,9 @@ class Watcher:
             return
         own = self._hands.own_requests()
         on_server = load.running + load.queued
-        moved = self.load is None or self.load.mark != load.mark
+        self.moves = self.load is None or self.load.mark != load.mark
         # Requests that the server knows nothing of do not move, whatever else does.
-        alive = not own if not on_server else moved
+        alive = not own if not on_server else self.moves
         self._silent_for = 0.0 if alive else self._silent_for + self._elapsed()
         self._looked_at = self._now()
         self.load = load
@@ -134,6 +139,8 @@ class Watcher:
         self._hands.break_off("" if worker is None else worker.last_failure)
 
     def _act(self) -> None:
+        if self._fleet.paused:
+            return
         state = self._fleet.state(self._url)
         if state is State.SUSPECT and _idle(self._trial):
             self._trial = asyncio.ensure_future(self._hands.try_out())
@@ -141,7 +148,7 @@ class Watcher:
             state is State.STALE
             and self._hands.catch_up is not None
             and self._fleet.expected is not None
-            and not self._fleet.paused
+            and self._fleet.workers[self._url].version is not None  # one that was away may have the newest still
             and _idle(self._catch_up)
         ):
             self._catch_up = asyncio.ensure_future(self._hands.catch_up())

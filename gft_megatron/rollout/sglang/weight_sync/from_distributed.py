@@ -76,14 +76,16 @@ class FromDistributed(WeightSync):
     async def _deliver(self, update: Update, bucket: Bucket) -> None:
         """Until every live worker has the bucket.
 
-        Ends: each turn but the last finds a worker that fails, or one that refuses for the first time.
+        Ends: each turn but the last finds a worker that fails, or one that refuses a broken broadcast, or to form a
+        group, for the first time.
         """
         waiting = set(update.live)
         refused: set[str] = set()
+        refused_group: set[str] = set()
         while waiting & set(update.live):
             if self._group is None:
                 self._group = await _form(
-                    self._http, update, backend=self._backend, timeout_sec=self._bucket_timeout_sec
+                    self._http, update, refused_group, backend=self._backend, timeout_sec=self._bucket_timeout_sec
                 )
                 if self._group is None:
                     continue
@@ -182,8 +184,12 @@ def _drop(last_references: list[object]) -> None:
     last_references.clear()
 
 
-async def _form(http: Http, update: Update, *, backend: str, timeout_sec: float) -> _Group | None:
-    """A group of all live workers, or None: then some of them have failed."""
+async def _form(http: Http, update: Update, refused: set[str], *, backend: str, timeout_sec: float) -> _Group | None:
+    """A group of all live workers, or None: then some of them have failed.
+
+    Args:
+        refused: those that have refused before, perhaps only because another did not come; it grows.
+    """
     urls = update.live
     sizes: dict[str, int] = {}
 
@@ -205,7 +211,9 @@ async def _form(http: Http, update: Update, *, backend: str, timeout_sec: float)
     first_ranks = [1 + sum(list(sizes.values())[:i]) for i in range(len(urls))]
     world_size = 1 + sum(sizes.values())
 
-    async def join(url: str, first_rank: int) -> WorkerError | None:
+    failed: dict[str, WorkerError] = {}  # in the order in which they did
+
+    async def join(url: str, first_rank: int) -> None:
         body = {
             "master_address": address,
             "master_port": port,
@@ -217,8 +225,7 @@ async def _form(http: Http, update: Update, *, backend: str, timeout_sec: float)
         try:
             await http.call(url, "/init_weights_update_group", body, timeout_sec=timeout_sec + 10, admin=True)
         except WorkerError as error:
-            return error
-        return None
+            failed[url] = error
 
     joining = asyncio.gather(*(join(url, sizes_before) for url, sizes_before in zip(urls, first_ranks, strict=True)))
     try:
@@ -226,16 +233,21 @@ async def _form(http: Http, update: Update, *, backend: str, timeout_sec: float)
     except RuntimeError as error:
         own, reason = None, str(error)
         store = None  # the others give up when it is gone
-    failed = dict(zip(urls, await joining, strict=True))
-    for url, error in failed.items():
-        if error is not None:
-            update.fail(url, str(error))
-    if own is None and not any(failed.values()):
+    await joining
+    if own is None and not failed:
         for url in urls:
             update.fail(url, f"no process group with the trainer: {reason}")
-    if own is None or any(failed.values()):
-        return None
-    return _Group(name, urls, store, own)
+    guilty = [url for url, error in failed.items() if error.kind is not FailureKind.REFUSED or url in refused]
+    for url in guilty or list(failed)[:1]:  # the others have waited for this one
+        update.fail(url, str(failed[url]))
+    refused.update(failed)
+    group = None if own is None else _Group(name, urls, store, own)
+    if group is not None and not failed:
+        return group
+    if group is not None:
+        await group.leave()
+    await asyncio.gather(*(_forget(http, url, name) for url in urls if url not in failed))
+    return None
 
 
 def _make_backend(
