@@ -17,6 +17,7 @@ from gft_megatron.groups import Batch, Group, GroupKey, Prompt, RecordedResponse
 from gft_megatron.rewards import RewardError
 from gft_megatron.rollout.bank import Bank
 from gft_megatron.rollout.counts import CollectCounts, CollectNews
+from gft_megatron.rollout.draws import Draw
 from gft_megatron.rollout.engine import Completion, Partial, RolloutError, SamplingParams
 from gft_megatron.rollout.hints import NO_HINT, draw_hint
 from gft_megatron.rollout.recipe import GroupRecipe, recipe_advantages
@@ -29,16 +30,6 @@ class Prompts(Protocol):
     """Rows of the data, read when they are asked for."""
 
     def __getitem__(self, row: int, /) -> Prompt: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """A group to make."""
-
-    key: GroupKey
-    group_id: int
-    """In the batch of this rollout; the key's own, unless the group was begun in an earlier one."""
-    row: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,6 +118,8 @@ def number_workers(scope, has_engine):
 
 def rollouts_ahead(rank, store):
     """Collected before their turn by the replica's first rank, resumed, and left out when they are too old."""
+    from gft_megatron.training.rollouts import RolloutPlan
+
     engine, workers = number_workers("replica", rank == 0)
     order = PromptOrder(NUM_ROWS, seed=2)
     recipe = GroupRecipe(
@@ -128,18 +130,18 @@ def rollouts_ahead(rank, store):
         max_staleness=1,
     )  # fmt: skip
     workers.update_weights(gathered_tensors(), 10)
-    first = workers.collect(store, order, recipe, rules, rollout_id=0, version=10)
+    first = workers.collect(RolloutPlan(0, store, order, recipe, rules), version=10)
     assert first.staleness.tolist() == [0] * 16
-    workers.start(store, order, recipe, rules, rollout_id=1)
-    workers.start(store, order, recipe, rules, rollout_id=2)
+    workers.start(RolloutPlan(1, store, order, recipe, rules))
+    workers.start(RolloutPlan(2, store, order, recipe, rules))
     assert workers.num_ahead == 2 and order.position == 12
     state = json.loads(json.dumps(workers.state_dict()))
-    second = workers.collect(store, order, recipe, rules, rollout_id=1, version=11)
+    second = workers.collect(RolloutPlan(1, store, order, recipe, rules), version=11)
     assert second.staleness.tolist() == [1] * 16 and not second.counts.stale_groups
     if rank == 0:
         workers._ahead[0].mine.result()
         engine.weight_version = 12
-    third = workers.collect(store, order, recipe, rules, rollout_id=2, version=12)
+    third = workers.collect(RolloutPlan(2, store, order, recipe, rules), version=12)
     assert third.counts.stale_groups == 4, "drawn with weights of two rollouts before"
     assert third.staleness.tolist() == [0] * 16 and order.position == 16
     assert not set(second.collected.rows.tolist()) & set(third.collected.rows.tolist())
@@ -148,7 +150,7 @@ def rollouts_ahead(rank, store):
     engine, again = number_workers("replica", rank == 0)
     again.load_state_dict(state)
     again.update_weights(gathered_tensors(), 11)
-    resumed = again.collect(store, order, recipe, rules, rollout_id=1, version=11)
+    resumed = again.collect(RolloutPlan(1, store, order, recipe, rules), version=11)
     assert order.position == 16, "its rows had been drawn"
     for name in ("rows", "tokens", "rewards", "group_ids"):
         assert torch.equal(getattr(resumed.collected, name), getattr(second.collected, name)), name
@@ -157,6 +159,8 @@ def rollouts_ahead(rank, store):
 
 def over_sampling(rank, store):
     """Two collectors begin more groups than are wanted; what is left comes first in the next rollout."""
+    from gft_megatron.training.rollouts import RolloutPlan
+
     engine, workers = number_workers("rank", True)
     order = PromptOrder(NUM_ROWS, seed=4)
     recipe = GroupRecipe(
@@ -168,7 +172,7 @@ def over_sampling(rank, store):
     workers.update_weights(gathered_tensors(), 0)
     rows = []
     for rollout_id in range(3):
-        rollout = workers.collect(store, order, recipe, rules, rollout_id=rollout_id, version=0)
+        rollout = workers.collect(RolloutPlan(rollout_id, store, order, recipe, rules), version=0)
         assert rollout.trained.num_groups == 5 and len(rollout.own_keys) == len(rollout.own_groups)
         assert rollout.collected.group_ids.tolist() == sorted(rollout.collected.group_ids.tolist())
         rows.append(rollout.collected.rows.unique_consecutive().tolist())
@@ -183,7 +187,7 @@ def collect_on_rank(rank, world_size, scope, store_path, out):
 
     cpu.install()
     from gft_megatron.training.parallel import is_replica_leader, lay_out
-    from gft_megatron.training.rollouts import RolloutWorkers
+    from gft_megatron.training.rollouts import RolloutPlan, RolloutWorkers
 
     lay_out(ParallelConfig(tensor_model_parallel_size=2))
     has_engine = scope == "rank" or is_replica_leader()
@@ -201,9 +205,9 @@ def collect_on_rank(rank, world_size, scope, store_path, out):
     rules = RolloutRules(
         num_groups=9, num_draws=9, skip_zero_variance=True, mask_truncated=False, refill=False, most_draws=90
     )
-    plain = workers.collect(PromptStore(store_path), order, recipe, rules, rollout_id=0, version=0)
+    plain = workers.collect(RolloutPlan(0, PromptStore(store_path), order, recipe, rules), version=0)
     rules = replace(rules, refill=True)
-    refilled = workers.collect(PromptStore(store_path), order, recipe, rules, rollout_id=0, version=0)
+    refilled = workers.collect(RolloutPlan(0, PromptStore(store_path), order, recipe, rules), version=0)
     assert plain.collected.num_groups == 9 and 0 < plain.trained.num_groups < 9
     assert refilled.trained.num_groups == 9 and refilled.collected.num_groups > 9
     assert order.position == 9 + refilled.collected.num_groups
@@ -226,7 +230,9 @@ def test_all_ranks_get_the_same_groups(tmp_path):
     make_store(store)
     for scope in ("rank", "replica"):
         run_on_ranks(collect_on_rank, 2, scope, store, tmp_path)
-    results = [torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("rank0", "rank1", "replica0", "replica1")]
+    results = [
+        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("rank0", "rank1", "replica0", "replica1")
+    ]
     for other in results[1:]:
         assert results[0].keys() == other.keys()
         for name, tensor in results[0].items():

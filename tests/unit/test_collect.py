@@ -13,8 +13,9 @@ import torch
 
 from gft_megatron.groups import GroupKey, Prompt, RecordedResponse, Source, WeightSpan
 from gft_megatron.rewards import Reward, RewardError
-from gft_megatron.rollout.collect import Collector, Draw, Enough
+from gft_megatron.rollout.collect import Collector, Enough
 from gft_megatron.rollout.counts import CollectCounts
+from gft_megatron.rollout.draws import Draw
 from gft_megatron.rollout.engine import (
     Completion,
     EngineFailed,
@@ -26,9 +27,9 @@ from gft_megatron.rollout.engine import (
     SamplingParams,
 )
 from gft_megatron.rollout.hints import Hints
+from gft_megatron.rollout.outcome import Rollout, rollout_metrics
 from gft_megatron.rollout.recipe import GroupRecipe
 from gft_megatron.rollout.samples import SampleMaker
-from gft_megatron.training.rollouts import Rollout, rollout_metrics
 
 EOS = 1
 
