@@ -2,11 +2,15 @@
 
 import asyncio
 import json
+import time
 from dataclasses import replace
+from datetime import timedelta
 
 import numpy as np
+import pytest
 import torch
 from ranks import run_on_ranks
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import PreTrainedTokenizerFast
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -182,6 +186,29 @@ def over_sampling(rank, store):
     workers.close()
 
 
+def work_that_outlasts_collectives(rank):
+    """What one rank does alone may take hours, and those that wait for it go on waiting; a failure is told at once."""
+    from gft_megatron.training.exchange import FailedElsewhere, all_or_none, on_rank_zero
+
+    def work():
+        if rank == 0:
+            time.sleep(1.5)
+        return rank
+
+    def fail():
+        work()
+        if rank == 0:
+            raise ValueError("as told")
+
+    _set_pg_timeout(timedelta(seconds=0.5))
+    try:
+        assert all_or_none(work) == rank and on_rank_zero(work) == 0
+        with pytest.raises(ValueError if rank == 0 else FailedElsewhere, match="as told"):
+            all_or_none(fail)
+    finally:
+        _set_pg_timeout(timedelta(seconds=60))
+
+
 def collect_on_rank(rank, world_size, scope, store_path, out):
     from gft_megatron.training import cpu
 
@@ -223,6 +250,7 @@ def collect_on_rank(rank, world_size, scope, store_path, out):
         rollouts_ahead(rank, PromptStore(store_path))
     else:
         over_sampling(rank, PromptStore(store_path))
+        work_that_outlasts_collectives(rank)
 
 
 def test_all_ranks_get_the_same_groups(tmp_path):
