@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -185,13 +185,11 @@ class RolloutWorkers:
 
     def mark_trained(self, rollout: Rollout, iteration: int) -> None:
         """Write down that the groups of a rollout were trained on, the last time in this step."""
-        if self._bank is not None:
-            self._bank.mark_consumed(rollout.own_keys, iteration)
+        all_or_none(lambda: None if self._bank is None else self._bank.mark_consumed(rollout.own_keys, iteration))
 
     def compact(self, oldest_checkpoint: int) -> None:
         """Forget groups that no checkpoint could ask for again."""
-        if self._bank is not None:
-            self._bank.compact(oldest_checkpoint)
+        all_or_none(lambda: None if self._bank is None else self._bank.compact(oldest_checkpoint))
 
     def at_rest(self) -> AbstractContextManager[None]:
         """Nothing is collected meanwhile. A checkpoint's writer forks, and a lock that another thread holds at that
@@ -283,42 +281,32 @@ class RolloutWorkers:
         return _Round(plan.rollout_id, draws, self._loop.submit(collecting))
 
     def _finish(self, round_: _Round, rules: RolloutRules) -> tuple[list[Group], list[GroupKey], Batch, CollectCounts]:
-        groups: list[Group] = []
-        keys: list[GroupKey] = []
-        batch = Batch.from_groups([], [])
-        counts = CollectCounts()
-        left: list[Draw] = []
-        mine = all_or_none(lambda: None if round_.mine is None else self._loop.wait(round_.mine, self._tell))
-        if mine is not None:
-            groups, keys, batch, counts, left = mine.groups, mine.keys, mine.batch, mine.counts, mine.left
-            groups, batch = self._without_stale(groups, keys, batch, counts, rules)
-        *sums, generate_sec, reward_sec = astuple(counts)
+        mine = all_or_none(lambda: self._own_part(round_, rules))
+        *sums, generate_sec, reward_sec = astuple(mine.counts)
         total = CollectCounts(*map(int, sum_over_ranks(sums)), *max_over_ranks([generate_sec, reward_sec]))
         if rules.is_over_sampling:
             everybody: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(everybody, left)
+            dist.all_gather_object(everybody, mine.left)
             self._queue.leave(draw for part in everybody for draw in part)
-        return groups, keys, gather_batch(batch), total
+        return mine.groups, mine.keys, gather_batch(mine.batch), total
 
-    def _without_stale(
-        self, groups: list[Group], keys: list[GroupKey], batch: Batch, counts: CollectCounts, rules: RolloutRules
-    ) -> tuple[list[Group], Batch]:
-        stale = self._trained.staleness(batch) > rules.max_staleness  # [n]
+    def _own_part(self, round_: _Round, rules: RolloutRules) -> Collected:
+        """What this rank has of a round, without groups that are too old; only the keys still tell of those."""
+        if round_.mine is None:
+            return Collected([], [], Batch.from_groups([], []), [], CollectCounts())
+        mine = self._loop.wait(round_.mine, self._tell)
+        batch = mine.batch
         ids = batch.group_ids.unique_consecutive()
-        kept = ~torch.isin(ids, batch.group_ids[stale])  # [groups]
-        counts.stale_groups += int((~kept).sum())
+        stale = batch.group_ids[self._trained.staleness(batch) > rules.max_staleness]
+        is_kept = (~torch.isin(ids, stale)).tolist()
+        too_old = [key for key, kept in zip(mine.keys, is_kept, strict=True) if not kept]
+        mine.counts.stale_groups += len(too_old)
         if self._bank is not None:
-            self._bank.mark_dropped(
-                {
-                    key: "its weights were too old"
-                    for key, is_kept in zip(keys, kept.tolist(), strict=True)
-                    if not is_kept
-                }
-            )
-        of_kept = torch.isin(batch.group_ids, ids[kept])
-        return (
-            [group for group, is_kept in zip(groups, kept.tolist(), strict=True) if is_kept],
-            batch.select(of_kept.nonzero()[:, 0].tolist()),
+            self._bank.mark_dropped(dict.fromkeys(too_old, "its weights were too old"))
+        return replace(
+            mine,
+            groups=[group for group, kept in zip(mine.groups, is_kept, strict=True) if kept],
+            batch=batch.select((~torch.isin(batch.group_ids, stale)).nonzero()[:, 0].tolist()),
         )
 
     def _tell(self) -> None:

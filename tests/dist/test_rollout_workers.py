@@ -112,12 +112,33 @@ class NumberReward(Reward):
         return float(int(response) % 7 == int(label))
 
 
-def number_workers(scope, has_engine):
+class FullDisk:
+    """A bank that can read and not write."""
+
+    restored = {}
+
+    def append(self, groups):
+        pass
+
+    def mark_consumed(self, *told):
+        raise OSError("no room")
+
+    compact = mark_consumed
+
+    def mark_dropped(self, reasons):
+        if reasons:
+            self.mark_consumed()
+
+    def close(self):
+        pass
+
+
+def number_workers(scope, has_engine, bank=None):
     from gft_megatron.training.rollouts import RolloutWorkers
 
     engine = CoinEngine()
     maker = SampleMaker(engine, NumberReward(), lambda ids: str(ids[0] - 1), 3, 8)
-    return engine, RolloutWorkers(Collector(maker) if has_engine else None, scope)
+    return engine, RolloutWorkers(Collector(maker, bank) if has_engine else None, scope)
 
 
 def rollouts_ahead(rank, store):
@@ -159,6 +180,32 @@ def rollouts_ahead(rank, store):
     for name in ("rows", "tokens", "rewards", "group_ids"):
         assert torch.equal(getattr(resumed.collected, name), getattr(second.collected, name)), name
     again.close()
+
+
+def a_full_disk(rank, store):
+    """Of one rank: the others hear of it, instead of waiting for that rank in the next collective."""
+    from gft_megatron.training.exchange import FailedElsewhere
+    from gft_megatron.training.rollouts import RolloutPlan
+
+    engine, workers = number_workers("replica", rank == 0, FullDisk())
+    recipe = GroupRecipe(
+        n_expert=0, n_teacher=0, n_self=2, sampling=SamplingParams(max_new_tokens=4), needs_advantages=True
+    )
+    rules = RolloutRules(
+        num_groups=2, num_draws=2, skip_zero_variance=False, mask_truncated=False, refill=False, most_draws=2
+    )
+    order = PromptOrder(NUM_ROWS, seed=4)
+    workers.update_weights(gathered_tensors(), 0)
+    rollout = workers.collect(RolloutPlan(0, store, order, recipe, rules), version=0)
+
+    def collect_what_is_too_old():
+        engine.weight_version = 0
+        workers.collect(RolloutPlan(1, store, order, recipe, rules), version=3)
+
+    for work in (lambda: workers.mark_trained(rollout, 1), lambda: workers.compact(1), collect_what_is_too_old):
+        with pytest.raises(OSError if rank == 0 else FailedElsewhere, match="no room"):
+            work()
+    workers.close()
 
 
 def over_sampling(rank, store):
@@ -248,6 +295,7 @@ def collect_on_rank(rank, world_size, scope, store_path, out):
     workers.close()
     if scope == "replica":
         rollouts_ahead(rank, PromptStore(store_path))
+        a_full_disk(rank, PromptStore(store_path))
     else:
         over_sampling(rank, PromptStore(store_path))
         work_that_outlasts_collectives(rank)
