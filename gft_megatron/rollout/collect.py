@@ -13,6 +13,8 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import numpy as np
+
 from gft_megatron.groups import Batch, Group, GroupKey, Prompt, RecordedResponse, Sample, Source
 from gft_megatron.rewards import RewardError
 from gft_megatron.rollout.bank import Bank
@@ -54,6 +56,14 @@ class Collected:
     counts: CollectCounts
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """Own samples of a group, whole or not, each with the hint that it was drawn behind."""
+
+    samples: list[Sample | Partial]
+    hints: list[np.ndarray]
+
+
 @dataclass
 class Collector:
     """Makes groups of prompts. One lives on every rank that has an engine."""
@@ -63,8 +73,8 @@ class Collector:
     """None where no sample is drawn: recorded responses are in the data."""
     news: CollectNews = field(default_factory=CollectNews)
     """Of the newest collection."""
-    _begun: dict[GroupKey, dict[int, Sample | Partial]] = field(default_factory=dict)
-    """Own samples, by number, of groups that were stopped half-way."""
+    _begun: dict[GroupKey, _Begun] = field(default_factory=dict)
+    """Groups that were stopped half-way."""
     _spare: dict[GroupKey, Group] = field(default_factory=dict)
     """Groups that were finished when there were enough already."""
     _warned: bool = False
@@ -204,15 +214,19 @@ class Collector:
         missing = recipe.n_expert + recipe.n_teacher - len(recorded)
         # Without own samples there is no engine to refill from (SFT): the group is what the data holds.
         n_self = recipe.n_self + missing if recipe.n_self else 0
-        hints = [NO_HINT if recipe.hints is None else draw_hint(prompt, recipe.hints, choose) for _ in range(n_self)]
-        begun = self._begun.pop(key, {})
+        begun = self._begun.pop(key, None)
+        if begun is None:
+            hints = [
+                NO_HINT if recipe.hints is None else draw_hint(prompt, recipe.hints, choose) for _ in range(n_self)
+            ]
+            begun = _Begun([NOTHING_DRAWN] * n_self, hints)
 
         async def own(number: int) -> Sample | Partial:
-            before = begun.get(number, NOTHING_DRAWN)
+            before = begun.samples[number]
             if isinstance(before, Sample):
                 return before
             return await self.maker.own(
-                prompt, recipe.sampling, f"{name}/{number}", round_, hint=hints[number], begun=before
+                prompt, recipe.sampling, f"{name}/{number}", round_, hint=begun.hints[number], begun=before
             )
 
         failed = False
@@ -232,14 +246,14 @@ class Collector:
         whole = tuple(sample for sample in samples if isinstance(sample, Sample))
         if len(whole) < len(samples):
             if keep_partial:
-                self._begun[key] = {number: task.result() for number, task in enumerate(ours)}
+                self._begun[key] = _Begun([task.result() for task in ours], begun.hints)
             return None
         round_.counts.refilled_samples += n_self - recipe.n_self
         return Group(prompt, whole) if whole else None  # a row without responses makes no group
 
     def _forget_older(self, version: int) -> None:
-        for key, samples in list(self._begun.items()):
-            if any(span.version < version for sample in samples.values() for span in sample.weight_spans):
+        for key, begun in list(self._begun.items()):
+            if any(span.version < version for sample in begun.samples for span in sample.weight_spans):
                 del self._begun[key]
         for key, group in list(self._spare.items()):
             if any(span.version < version for sample in group.samples for span in sample.weight_spans):

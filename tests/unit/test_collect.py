@@ -271,6 +271,32 @@ def test_enough_groups_stop_the_rest_and_the_rest_goes_on_later():
     asyncio.run(scenario())
 
 
+def test_a_response_goes_on_from_its_own_hint():
+    """The share of hints falls from rollout to rollout; what was drawn behind one hint does not answer another."""
+
+    async def scenario():
+        engine = HeldEngine(drawn_when_aborted=[4, 4])
+        collector = make_collector(engine, ScriptedReward(ANY_REWARD), max_concurrent_samples=4)
+        prompts = prompts_with_expert(2)
+        first = asyncio.create_task(
+            collector.collect(prompts, draws_of(2), make_recipe(n_self=2, max_new_tokens=12, hints=Hints(2, 1.0)),
+                              enough=Enough(1, skip_zero_variance=False), keep_partial=True)
+        )  # fmt: skip
+        await turns()
+        engine.answer(0, [2, EOS]), engine.answer(1, [2, EOS])
+        left = (await first).left
+        later = asyncio.create_task(
+            collector.collect(prompts, left, make_recipe(n_self=2, max_new_tokens=12, hints=Hints(2, 0.0)))
+        )
+        await turns()
+        assert [request.prompt_ids for request in engine.requests[-2:]] == [(8, 9, *EXPERT[:7], 4, 4)] * 2
+        engine.answer(4, [5, EOS]), engine.answer(5, [5, EOS])
+        (group,) = (await later).groups
+        assert {tuple(sample.token_ids.tolist()) for sample in group.samples} == {(*EXPERT[:7], 4, 4, 5, EOS)}
+
+    asyncio.run(scenario())
+
+
 def test_only_so_many_requests_are_with_the_engine_and_the_queue_is_numbers():
     async def scenario():
         engine = HeldEngine()
