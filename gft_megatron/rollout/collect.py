@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -151,6 +151,14 @@ class Collector:
         batch = Batch.from_groups(groups, [draw.group_id for draw, _ in made])
         advantages = recipe_advantages(recipe.shaped_rewards(batch), batch.group_ids, batch.sources, recipe)
         return Collected(groups, [draw.key for draw, _ in made], replace(batch, advantages=advantages), left, counts)
+
+    async def give_up(self, keys: Collection[GroupKey]) -> None:
+        """These groups will not be asked for again, whatever there is of them."""
+        for key in keys:
+            self._begun.pop(key, None)
+            self._spare.pop(key, None)
+        if self.bank is not None:
+            self.bank.mark_dropped(dict.fromkeys(keys, "its phase was over"))
 
     async def sample(
         self, prompts: Sequence[Prompt], num_samples: int, sampling: SamplingParams, *, name: str

@@ -85,7 +85,7 @@ def _enter(run: Run, phase: Phase) -> Phase:
     run.console.info(f"phase {phase.index + 1} of {len(run.phases)}: {phase.name}, steps {phase.start + 1}-{phase.end}")
     run.scheduler = build_scheduler(run.optimizer, phase.config.optimizer)
     run.batch_sums = None
-    run.workers.discard_ahead()
+    run.workers.end_phase()
     if phase.reset_optimizer:
         reset_optimizer(run.optimizer)
     return phase

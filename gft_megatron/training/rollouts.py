@@ -196,13 +196,12 @@ class RolloutWorkers:
         moment would be held in the child for ever."""
         return self._loop.at_rest()
 
-    def discard_ahead(self) -> None:
-        """Stop what is being collected before its turn, and forget it: its phase, or the run, is over."""
-        for round_ in self._ahead:
-            if round_.mine is not None:
-                round_.mine.cancel()
-        self._ahead.clear()
+    def end_phase(self) -> None:
+        """Forget what was begun for later rollouts: in the next phase groups may be made in another way."""
+        self._discard_ahead()
         self._queue.forget_planned()
+        own = [draw.key for draw in self._queue.give_back() if draw.owner == self._index]
+        all_or_none(lambda: None if self._collector is None else self._loop.run(self._collector.give_up(own)))
 
     def state_dict(self) -> dict[str, Any]:
         """What has been drawn of the order and not been trained on."""
@@ -246,7 +245,7 @@ class RolloutWorkers:
         return evaluation_figures(sum_over_ranks(evaluation_sums(all_or_none(draw))), num_samples)
 
     def close(self) -> None:
-        self.discard_ahead()
+        self._discard_ahead()
         if self._engine is not None:
             self._loop.run(self._engine.close())
         if self._collector is not None:
@@ -254,6 +253,12 @@ class RolloutWorkers:
             if self._bank is not None:
                 self._bank.close()
         self._loop.close()
+
+    def _discard_ahead(self) -> None:
+        for round_ in self._ahead:
+            if round_.mine is not None:
+                round_.mine.cancel()
+        self._ahead.clear()
 
     def _first_round(self, plan: RolloutPlan) -> _Round:
         return self._begin(plan, self._queue.first(plan.order, plan.rollout_id, plan.rules.num_draws))

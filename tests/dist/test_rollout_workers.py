@@ -230,6 +230,18 @@ def over_sampling(rank, store):
         left = [row for *_, row in workers.state_dict()["left"]]
         assert sorted(sum(rows, []) + left) == sorted(PromptOrder(NUM_ROWS, seed=4).take(order.position))
     assert order.position > 9 + 2 * 4, "refilled too"
+
+    workers.collect(RolloutPlan(3, store, order, recipe, replace(rules, skip_zero_variance=False)), version=0)
+    left = [row for *_, row in workers.state_dict()["left"]]
+    assert len(left) == 4 and workers._collector._spare, "finished, for a later rollout"
+    workers.end_phase()
+    position = order.position
+    next_phase = RolloutPlan(4, store, order, replace(recipe, n_self=3), replace(rules, num_draws=5, refill=False))
+    rollout = workers.collect(next_phase, version=0)
+    assert rollout.collected.group_ids.unique(return_counts=True)[1].tolist() == [3] * 5, "made as this phase has it"
+    assert {key.rollout_id for key in rollout.own_keys} <= {4}
+    rows = rollout.collected.rows.unique_consecutive().tolist()
+    assert rows[:4] == left and order.position == position + 1
     workers.close()
 
 
