@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -71,8 +71,6 @@ class Collector:
     maker: SampleMaker
     bank: Bank | None = None
     """None where no sample is drawn: recorded responses are in the data."""
-    news: CollectNews = field(default_factory=CollectNews)
-    """Of the newest collection."""
     _begun: dict[GroupKey, _Begun] = field(default_factory=dict)
     """Groups that were stopped half-way."""
     _spare: dict[GroupKey, Group] = field(default_factory=dict)
@@ -88,6 +86,7 @@ class Collector:
         enough: Enough | None = None,
         keep_partial: bool = False,
         oldest_version: int = -1,
+        news: CollectNews | None = None,
     ) -> Collected:
         """Make the groups of `draws`, all or until there are enough.
 
@@ -95,9 +94,11 @@ class Collector:
             draws: with ids that are distinct over all collectors of this rollout.
             keep_partial: a later rollout goes on with what was drawn of groups that were left; else it starts anew.
             oldest_version: groups that were left, and have tokens of older weights, are drawn anew.
+            news: kept up to date, for others to look at.
         """
         round_ = Round(is_stopping=enough is not None and enough.num_groups == 0)
-        news = self.news = CollectNews(num_draws=len(draws))
+        news = news or CollectNews()
+        news.num_draws = len(draws)
         self._forget_older(oldest_version)
         stored = self._stored(draws) | self._spare.keys()
         # No more of them can have a request with the engine; the rest of the queue is numbers only.
@@ -204,15 +205,17 @@ class Collector:
         key: GroupKey,
         recipe: GroupRecipe,
         round_: Round,
-        stored: Set[GroupKey],
+        stored: set[GroupKey],
         keep_partial: bool,
     ) -> Group | None:
         """None: one of its responses failed for good, or the round was stopped."""
         if key in self._spare:
             return self._spare.pop(key)
-        if key in stored and self.bank is not None and (taken := self.bank.take(key)) is not None:
-            round_.counts.restored_groups += 1
-            return Group(prompt, taken[1])
+        if key in stored and self.bank is not None:
+            if (taken := self.bank.take(key)) is not None:
+                round_.counts.restored_groups += 1
+                return Group(prompt, taken[1])
+            stored.discard(key)  # it cannot be read any more
         name = f"{key.rollout_id}/{key.group_id}/{prompt.row}"  # a row may be drawn twice in a rollout
         choose = random.Random(f"{self.maker.seed}/{name}")
         recorded = [
@@ -267,7 +270,7 @@ class Collector:
             if any(span.version < version for sample in group.samples for span in sample.weight_spans):
                 del self._spare[key]
 
-    def _stored(self, draws: Sequence[Draw]) -> Set[GroupKey]:
+    def _stored(self, draws: Sequence[Draw]) -> set[GroupKey]:
         """The groups that a run before this one had finished."""
         if self.bank is None:
             return set()

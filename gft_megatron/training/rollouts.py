@@ -60,6 +60,8 @@ class _Round:
     rollout_id: int
     draws: list[Draw]
     """Of all ranks."""
+    news: CollectNews
+    """Where this rank is with it."""
     mine: Future[Collected] | None
     """None where there is no engine."""
 
@@ -264,8 +266,9 @@ class RolloutWorkers:
         return self._begin(plan, self._queue.first(plan.order, plan.rollout_id, plan.rules.num_draws))
 
     def _begin(self, plan: RolloutPlan, draws: list[Draw]) -> _Round:
+        news = CollectNews()
         if self._collector is None:
-            return _Round(plan.rollout_id, draws, None)
+            return _Round(plan.rollout_id, draws, news, None)
         rules = plan.rules
         enough = None
         if rules.is_over_sampling:
@@ -282,8 +285,9 @@ class RolloutWorkers:
             enough=enough,
             keep_partial=rules.keep_partial,
             oldest_version=oldest_version,
+            news=news,
         )
-        return _Round(plan.rollout_id, draws, self._loop.submit(collecting))
+        return _Round(plan.rollout_id, draws, news, self._loop.submit(collecting))
 
     def _finish(self, round_: _Round, rules: RolloutRules) -> tuple[list[Group], list[GroupKey], Batch, CollectCounts]:
         mine = all_or_none(lambda: self._own_part(round_, rules))
@@ -299,7 +303,7 @@ class RolloutWorkers:
         """What this rank has of a round, without groups that are too old; only the keys still tell of those."""
         if round_.mine is None:
             return Collected([], [], Batch.from_groups([], []), [], CollectCounts())
-        mine = self._loop.wait(round_.mine, self._tell)
+        mine = self._loop.wait(round_.mine, lambda: self._tell(round_.news))
         batch = mine.batch
         ids = batch.group_ids.unique_consecutive()
         stale = batch.group_ids[self._trained.staleness(batch) > rules.max_staleness]
@@ -314,9 +318,9 @@ class RolloutWorkers:
             batch=batch.select((~torch.isin(batch.group_ids, stale)).nonzero()[:, 0].tolist()),
         )
 
-    def _tell(self) -> None:
-        if self._watch is not None and self._collector is not None:
-            self._watch(self._collector.news, self._loop.run(self._figures()))
+    def _tell(self, news: CollectNews) -> None:
+        if self._watch is not None:
+            self._watch(news, self._loop.run(self._figures()))
 
     async def _figures(self) -> dict[str, float]:
         return {} if self._engine is None else self._engine.figures()

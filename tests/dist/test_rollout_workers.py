@@ -83,9 +83,10 @@ class CoinEngine(RolloutEngine):
     scope = "replica"
     is_reproducible = False
     weight_version = -1
+    answer_sec = 0.0
 
     async def generate(self, request):
-        await asyncio.sleep(0)
+        await asyncio.sleep(self.answer_sec)
         token = request.prompt_ids[-1] + int(request.request_id, 16) % 2
         return Completion(
             request.request_id,
@@ -133,19 +134,20 @@ class FullDisk:
         pass
 
 
-def number_workers(scope, has_engine, bank=None):
+def number_workers(scope, has_engine, bank=None, watch=None):
     from gft_megatron.training.rollouts import RolloutWorkers
 
     engine = CoinEngine()
     maker = SampleMaker(engine, NumberReward(), lambda ids: str(ids[0] - 1), 3, 8)
-    return engine, RolloutWorkers(Collector(maker, bank) if has_engine else None, scope)
+    return engine, RolloutWorkers(Collector(maker, bank) if has_engine else None, scope, watch=watch)
 
 
 def rollouts_ahead(rank, store):
     """Collected before their turn by the replica's first rank, resumed, and left out when they are too old."""
     from gft_megatron.training.rollouts import RolloutPlan
 
-    engine, workers = number_workers("replica", rank == 0)
+    seen = []
+    engine, workers = number_workers("replica", rank == 0, watch=lambda news, figures: seen.append(news))
     order = PromptOrder(NUM_ROWS, seed=2)
     recipe = GroupRecipe(
         n_expert=0, n_teacher=0, n_self=4, sampling=SamplingParams(max_new_tokens=4), needs_advantages=True
@@ -157,11 +159,17 @@ def rollouts_ahead(rank, store):
     workers.update_weights(gathered_tensors(), 10)
     first = workers.collect(RolloutPlan(0, store, order, recipe, rules), version=10)
     assert first.staleness.tolist() == [0] * 16
+    engine.answer_sec = 0.4
     workers.start(RolloutPlan(1, store, order, recipe, rules))
     workers.start(RolloutPlan(2, store, order, recipe, rules))
     assert workers.num_ahead == 2 and order.position == 12
     state = json.loads(json.dumps(workers.state_dict()))
+    of_second = workers._ahead[0].news
     second = workers.collect(RolloutPlan(1, store, order, recipe, rules), version=11)
+    engine.answer_sec = 0.0
+    if rank == 0:
+        assert seen and all(news is of_second for news in seen), "what is told is of the rollout that is waited for"
+        assert (of_second.num_draws, of_second.num_groups, of_second.num_in_flight) == (4, 4, 0)
     assert second.staleness.tolist() == [1] * 16 and not second.counts.stale_groups
     if rank == 0:
         workers._ahead[0].mine.result()

@@ -13,6 +13,7 @@ import torch
 
 from gft_megatron.groups import GroupKey, Prompt, RecordedResponse, Source, WeightSpan
 from gft_megatron.rewards import Reward, RewardError
+from gft_megatron.rollout.bank import Bank
 from gft_megatron.rollout.collect import Collector, Enough
 from gft_megatron.rollout.counts import CollectCounts
 from gft_megatron.rollout.draws import Draw
@@ -85,9 +86,9 @@ class ScriptedReward(Reward):
         return self.scores[response]
 
 
-def prompt_with(*responses):
+def prompt_with(*responses, row=3):
     recorded = tuple(RecordedResponse(text, np.array([5, EOS]), source) for text, source in responses)
-    return Prompt(row=3, token_ids=np.array([8, 9]), label="x", responses=recorded)
+    return Prompt(row=row, token_ids=np.array([8, 9]), label="x", responses=recorded)
 
 
 def make_collector(engine=None, reward=None, *, seed=5, max_concurrent_samples=4):
@@ -378,6 +379,28 @@ def test_samples_for_an_evaluation():
     collector = make_collector(engine, ScriptedReward({"2 3": 0.5}))
     drawn = asyncio.run(collector.sample([prompt_with()] * 2, 3, SamplingParams(max_new_tokens=3), name="eval/0"))
     assert [[sample.reward for sample in samples] for samples in drawn] == [[0.5, 0.5], [0.5, 0.5, 0.5]]
+
+
+def test_a_group_that_cannot_be_read_any_more_is_made_and_recorded_again(tmp_path):
+    def collected(during=lambda: None):
+        bank = Bank.open(tmp_path, rank=0, num_ranks=1, fingerprint="f", checkpoint_iteration=0)
+        during()
+        collector = make_collector(HeldEngine())
+        collector.maker.engine.generate = ScriptedEngine().generate
+        collector.bank = bank
+        groups, _, counts = collect([prompt_with(row=i) for i in range(2)], collector=collector, n_self=2)
+        bank.close()
+        return len(groups), counts.restored_groups
+
+    def damage():
+        (file,) = tmp_path.iterdir()
+        data = bytearray(file.read_bytes())
+        data[60] ^= 1
+        file.write_bytes(data)
+
+    assert collected() == (2, 0) and collected() == (2, 2)
+    assert collected(during=damage) == (2, 1)
+    assert collected() == (2, 2)
 
 
 def whole_rollout(batch):
