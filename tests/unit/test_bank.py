@@ -114,6 +114,16 @@ def test_every_field_comes_back_bit_for_bit(tmp_path):
     assert first[2] == 1 and first[3]["key"] == [0, 0] and first[3]["fingerprint"] == FINGERPRINT
 
 
+def test_names_are_on_the_disk_before_anything_is_recorded(tmp_path, monkeypatch):
+    synced = []
+    real = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (synced.append(os.readlink(f"/proc/self/fd/{handle}")), real(handle))
+    )
+    open_bank(tmp_path / "run" / "bank").close()
+    assert {str(tmp_path / "run"), str(tmp_path / "run" / "bank")} <= set(synced)
+
+
 def test_cut_off_anywhere_the_groups_before_are_kept(tmp_path, no_fsync):
     bank = filled(tmp_path / "whole", [])
     for number in range(6):
