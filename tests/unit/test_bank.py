@@ -339,6 +339,18 @@ def test_compaction_rewrites_when_half_can_go(tmp_path):
     assert restored(tmp_path, at=3) == {7, 8}
 
 
+def test_what_is_behind_every_checkpoint_is_held_nowhere(tmp_path, no_fsync):
+    bank = open_bank(tmp_path)
+    for step in range(1, 101):
+        keys = [GroupKey(step, i) for i in range(4)]
+        bank.append([(name, group(0)) for name in keys])
+        bank.mark_consumed(keys, step)
+        bank.compact(step - 2)
+    held = {name: len(value) for name, value in vars(bank).items() if isinstance(value, dict | list)}
+    assert max(held.values()) <= 32 and ledger(tmp_path).stat().st_size < 32 * 1024, held
+    bank.close()
+
+
 def in_a_fork(work) -> tuple[int, str]:
     """Exit status and output of a function in a process of its own, which may be killed."""
     reader, writer = os.pipe()

@@ -330,6 +330,8 @@ class Bank:
             partial.unlink(missing_ok=True)
             raise self._no_room(error, sum(entry.size for entry in live.values())) from error
         self._end, self._own, self._markers = end, moved, markers
+        asked_for = moved.keys() | {key for keys in self._abandoned.values() for key in keys}
+        self._consumed = {key: step for key, step in self._consumed.items() if key in asked_for}
         for key, stored in self.restored.items():
             if stored.path == self._path:
                 self.restored[key] = StoredGroup(self._path, moved[key])
