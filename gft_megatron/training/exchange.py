@@ -113,15 +113,19 @@ def _wait_for_all() -> None:
 
 
 def _gather_ragged(mine: list[np.ndarray]) -> list[Tensor]:  # [n of this rank] each -> [n of all ranks] each
-    # Of differing lengths and types, hence as padded bytes: gloo gathers equal sizes and knows no bool.
+    # As bytes, for gloo knows no bool; and rank by rank, for in one gather each would take the room of the largest.
     sizes = torch.tensor([array.nbytes for array in mine])
     all_sizes = [torch.empty_like(sizes) for _ in range(dist.get_world_size())]
     dist.all_gather(all_sizes, sizes)
-    padded = torch.zeros(max(int(s.sum()) for s in all_sizes), dtype=torch.uint8)
-    padded[: int(sizes.sum())] = torch.from_numpy(np.concatenate([array.view(np.uint8) for array in mine]))
-    parts = [torch.empty_like(padded) for _ in all_sizes]
-    dist.all_gather(parts, padded)
-    by_rank = [part[: int(s.sum())].split(s.tolist()) for part, s in zip(parts, all_sizes, strict=True)]
+    by_rank = []
+    for rank, of_rank in enumerate(all_sizes):
+        if rank == dist.get_rank():
+            part = torch.from_numpy(np.concatenate([array.view(np.uint8) for array in mine]))
+        else:
+            part = torch.empty(int(of_rank.sum()), dtype=torch.uint8)
+        if part.numel():
+            dist.broadcast(part, src=rank)
+        by_rank.append(part.split(of_rank.tolist()))
     return [
         torch.from_numpy(torch.cat(pieces).numpy().view(array.dtype))
         for array, *pieces in zip(mine, *by_rank, strict=True)

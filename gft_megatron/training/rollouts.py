@@ -67,7 +67,8 @@ class _Round:
 
 
 class RolloutWorkers:
-    """The collectors of all ranks. Every method is a collective over the world."""
+    """The collectors of all ranks. Methods are collectives over the world, but for `engine_figures`, `at_rest`, `close`
+    and the state."""
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import timedelta
 
 import numpy as np
@@ -18,7 +18,7 @@ from gft_megatron.config import ParallelConfig
 from gft_megatron.data.order import PromptOrder
 from gft_megatron.data.prompts import prepare_prompts
 from gft_megatron.data.store import PromptStore
-from gft_megatron.groups import WeightSpan
+from gft_megatron.groups import Batch, WeightSpan
 from gft_megatron.rewards import Reward, build_reward
 from gft_megatron.rollout.collect import Collector
 from gft_megatron.rollout.engine import Completion, FinishReason, RolloutEngine, SamplingParams
@@ -253,6 +253,28 @@ def over_sampling(rank, store):
     workers.close()
 
 
+def samples_of_one_rank(rank, batch):
+    """A rank without samples sends none, nor room for them: of most ranks there are none."""
+    from gft_megatron.training.exchange import gather_batch
+
+    room = []
+    real = torch.distributed.all_gather
+
+    def all_gather(parts, mine):
+        room.append(sum(part.nbytes for part in parts))
+        real(parts, mine)
+
+    torch.distributed.all_gather = all_gather
+    try:
+        gathered = gather_batch(batch if rank == 1 else batch.select([]))
+    finally:
+        torch.distributed.all_gather = real
+    assert sum(room) < 256 < batch.tokens.nbytes
+    for field in fields(Batch):
+        value, expected = getattr(gathered, field.name), getattr(batch, field.name)
+        assert value.dtype == expected.dtype and value.numpy().tobytes() == expected.numpy().tobytes(), field.name
+
+
 def work_that_outlasts_collectives(rank):
     """What one rank does alone may take hours, and those that wait for it go on waiting; a failure is told at once."""
     from gft_megatron.training.exchange import FailedElsewhere, all_or_none, on_rank_zero
@@ -318,6 +340,7 @@ def collect_on_rank(rank, world_size, scope, store_path, out):
         a_full_disk(rank, PromptStore(store_path))
     else:
         over_sampling(rank, PromptStore(store_path))
+        samples_of_one_rank(rank, refilled.collected)
         work_that_outlasts_collectives(rank)
 
 
