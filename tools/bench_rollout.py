@@ -36,7 +36,8 @@ from transformers import AutoConfig
 from gft_megatron.command_line import parse_flags
 from gft_megatron.groups import GroupKey, Prompt
 from gft_megatron.rewards import Reward
-from gft_megatron.rollout.collect import Collector, Draw
+from gft_megatron.rollout.collect import Collector
+from gft_megatron.rollout.draws import Draw
 from gft_megatron.rollout.engine import GenerateRequest, SamplingParams
 from gft_megatron.rollout.recipe import GroupRecipe
 from gft_megatron.rollout.samples import SampleMaker

@@ -73,11 +73,11 @@ def read_bank(folder: Path) -> tuple[list[Recorded], list[str]]:
             troubles.append(f"{path.name}: {error}")
     troubles += [str(damage) for ledger in ledgers for damage in ledger.damages]
     consumed = valid_markers(ledgers)
-    found = {
-        key: Recorded(key, ledger.path, entry, consumed.get(key))
-        for ledger in ledgers
-        for key, entry in ledger.entries.items()
-    }
+    found: dict[GroupKey, Recorded] = {}
+    for ledger in ledgers:
+        for key, entry in ledger.entries.items():
+            if key not in found or found[key].entry.written < entry.written:
+                found[key] = Recorded(key, ledger.path, entry, consumed.get(key))
     return [found[key] for key in sorted(found)], troubles
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gft_megatron.convert.hf_folder import HfFolder
 from gft_megatron.convert.weight_files import INDEX_FILE, SINGLE_FILE, read_json
+from gft_megatron.durable import sync
 
 _MARKER_FILE = "gft_megatron_export.json"
 _COPIED_FILES = (
@@ -186,14 +187,14 @@ def _publish(partial: Path, target: Path) -> None:
     names = sorted(path.name for path in partial.iterdir())
     _write_json(partial / _MARKER_FILE, {"files": [*names, _MARKER_FILE]})
     for file in partial.iterdir():
-        _fsync(file)
-    _fsync(partial)
+        sync(file)
+    sync(partial)
     previous = target.with_name(f".{target.name}.previous")
     shutil.rmtree(previous, ignore_errors=True)
     if target.exists():
         os.rename(target, previous)
     os.rename(partial, target)
-    _fsync(target.parent)
+    sync(target.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -208,11 +209,3 @@ def _naming_the_disk(path: Path) -> Iterator[None]:
 
 def _write_json(path: Path, content: dict[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,18 +20,25 @@ class BackgroundLoop:
     def __init__(self, on_start: Callable[[], None] | None = None) -> None:
         """
         Args:
-            on_start: called in the thread first (to choose its CUDA device, which every thread has of its own).
+            on_start: called in the thread first (to choose its CUDA device, which every thread has of its own). What
+                it raises is raised here.
         """
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._serve, args=(on_start,), name="rollout", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rollout", daemon=True)
         self._thread.start()
+        if on_start is not None:
+            try:
+                self.run(_call(on_start))
+            except BaseException:
+                self.close()
+                raise
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Start it. Cancelling the future cancels the coroutine."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def wait(self, future: Future[T], watch: Callable[[], None] | None = None) -> T:
-        """Its result, or its exception. An interrupt (Ctrl-C) meanwhile cancels it and waits for its end.
+        """Its result, or its exception. An interrupt (Ctrl-C) meanwhile cancels it; `close` waits for its end.
 
         Args:
             watch: called a few times a second, in the calling thread.
@@ -77,11 +84,9 @@ class BackgroundLoop:
         self._thread.join()
         self._loop.close()
 
-    def _serve(self, on_start: Callable[[], None] | None) -> None:
-        asyncio.set_event_loop(self._loop)
-        if on_start is not None:
-            on_start()
-        self._loop.run_forever()
+
+async def _call(function: Callable[[], None]) -> None:
+    function()
 
 
 async def _cancel_others() -> None:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
+
+import numpy as np
 
 from gft_megatron.groups import Batch, Group, GroupKey, Prompt, RecordedResponse, Sample, Source
 from gft_megatron.rewards import RewardError
 from gft_megatron.rollout.bank import Bank
 from gft_megatron.rollout.counts import CollectCounts, CollectNews
+from gft_megatron.rollout.draws import Draw
 from gft_megatron.rollout.engine import Completion, Partial, RolloutError, SamplingParams
 from gft_megatron.rollout.hints import NO_HINT, draw_hint
 from gft_megatron.rollout.recipe import GroupRecipe, recipe_advantages
@@ -29,16 +32,6 @@ class Prompts(Protocol):
     """Rows of the data, read when they are asked for."""
 
     def __getitem__(self, row: int, /) -> Prompt: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """A group to make."""
-
-    key: GroupKey
-    group_id: int
-    """In the batch of this rollout; the key's own, unless the group was begun in an earlier one."""
-    row: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +56,14 @@ class Collected:
     counts: CollectCounts
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """Own samples of a group, whole or not, each with the hint that it was drawn behind."""
+
+    samples: list[Sample | Partial]
+    hints: list[np.ndarray]
+
+
 @dataclass
 class Collector:
     """Makes groups of prompts. One lives on every rank that has an engine."""
@@ -70,10 +71,8 @@ class Collector:
     maker: SampleMaker
     bank: Bank | None = None
     """None where no sample is drawn: recorded responses are in the data."""
-    news: CollectNews = field(default_factory=CollectNews)
-    """Of the newest collection."""
-    _begun: dict[GroupKey, dict[int, Sample | Partial]] = field(default_factory=dict)
-    """Own samples, by number, of groups that were stopped half-way."""
+    _begun: dict[GroupKey, _Begun] = field(default_factory=dict)
+    """Groups that were stopped half-way."""
     _spare: dict[GroupKey, Group] = field(default_factory=dict)
     """Groups that were finished when there were enough already."""
     _warned: bool = False
@@ -87,6 +86,7 @@ class Collector:
         enough: Enough | None = None,
         keep_partial: bool = False,
         oldest_version: int = -1,
+        news: CollectNews | None = None,
     ) -> Collected:
         """Make the groups of `draws`, all or until there are enough.
 
@@ -94,9 +94,11 @@ class Collector:
             draws: with ids that are distinct over all collectors of this rollout.
             keep_partial: a later rollout goes on with what was drawn of groups that were left; else it starts anew.
             oldest_version: groups that were left, and have tokens of older weights, are drawn anew.
+            news: kept up to date, for others to look at.
         """
         round_ = Round(is_stopping=enough is not None and enough.num_groups == 0)
-        news = self.news = CollectNews(num_draws=len(draws))
+        news = news or CollectNews()
+        news.num_draws = len(draws)
         self._forget_older(oldest_version)
         stored = self._stored(draws) | self._spare.keys()
         # No more of them can have a request with the engine; the rest of the queue is numbers only.
@@ -151,6 +153,14 @@ class Collector:
         advantages = recipe_advantages(recipe.shaped_rewards(batch), batch.group_ids, batch.sources, recipe)
         return Collected(groups, [draw.key for draw, _ in made], replace(batch, advantages=advantages), left, counts)
 
+    async def give_up(self, keys: Collection[GroupKey]) -> None:
+        """These groups will not be asked for again, whatever there is of them."""
+        for key in keys:
+            self._begun.pop(key, None)
+            self._spare.pop(key, None)
+        if self.bank is not None:
+            self.bank.mark_dropped(dict.fromkeys(keys, "its phase was over"))
+
     async def sample(
         self, prompts: Sequence[Prompt], num_samples: int, sampling: SamplingParams, *, name: str
     ) -> list[list[Sample]]:
@@ -195,15 +205,17 @@ class Collector:
         key: GroupKey,
         recipe: GroupRecipe,
         round_: Round,
-        stored: Set[GroupKey],
+        stored: set[GroupKey],
         keep_partial: bool,
     ) -> Group | None:
         """None: one of its responses failed for good, or the round was stopped."""
         if key in self._spare:
             return self._spare.pop(key)
-        if key in stored and self.bank is not None and (taken := self.bank.take(key)) is not None:
-            round_.counts.restored_groups += 1
-            return Group(prompt, taken[1])
+        if key in stored and self.bank is not None:
+            if (taken := self.bank.take(key)) is not None:
+                round_.counts.restored_groups += 1
+                return Group(prompt, taken[1])
+            stored.discard(key)  # it cannot be read any more
         name = f"{key.rollout_id}/{key.group_id}/{prompt.row}"  # a row may be drawn twice in a rollout
         choose = random.Random(f"{self.maker.seed}/{name}")
         recorded = [
@@ -213,15 +225,19 @@ class Collector:
         missing = recipe.n_expert + recipe.n_teacher - len(recorded)
         # Without own samples there is no engine to refill from (SFT): the group is what the data holds.
         n_self = recipe.n_self + missing if recipe.n_self else 0
-        hints = [NO_HINT if recipe.hints is None else draw_hint(prompt, recipe.hints, choose) for _ in range(n_self)]
-        begun = self._begun.pop(key, {})
+        begun = self._begun.pop(key, None)
+        if begun is None:
+            hints = [
+                NO_HINT if recipe.hints is None else draw_hint(prompt, recipe.hints, choose) for _ in range(n_self)
+            ]
+            begun = _Begun([NOTHING_DRAWN] * n_self, hints)
 
         async def own(number: int) -> Sample | Partial:
-            before = begun.get(number, NOTHING_DRAWN)
+            before = begun.samples[number]
             if isinstance(before, Sample):
                 return before
             return await self.maker.own(
-                prompt, recipe.sampling, f"{name}/{number}", round_, hint=hints[number], begun=before
+                prompt, recipe.sampling, f"{name}/{number}", round_, hint=begun.hints[number], begun=before
             )
 
         failed = False
@@ -241,20 +257,20 @@ class Collector:
         whole = tuple(sample for sample in samples if isinstance(sample, Sample))
         if len(whole) < len(samples):
             if keep_partial:
-                self._begun[key] = {number: task.result() for number, task in enumerate(ours)}
+                self._begun[key] = _Begun([task.result() for task in ours], begun.hints)
             return None
         round_.counts.refilled_samples += n_self - recipe.n_self
         return Group(prompt, whole) if whole else None  # a row without responses makes no group
 
     def _forget_older(self, version: int) -> None:
-        for key, samples in list(self._begun.items()):
-            if any(span.version < version for sample in samples.values() for span in sample.weight_spans):
+        for key, begun in list(self._begun.items()):
+            if any(span.version < version for sample in begun.samples for span in sample.weight_spans):
                 del self._begun[key]
         for key, group in list(self._spare.items()):
             if any(span.version < version for sample in group.samples for span in sample.weight_spans):
                 del self._spare[key]
 
-    def _stored(self, draws: Sequence[Draw]) -> Set[GroupKey]:
+    def _stored(self, draws: Sequence[Draw]) -> set[GroupKey]:
         """The groups that a run before this one had finished."""
         if self.bank is None:
             return set()

@@ -30,6 +30,7 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
+from gft_megatron.durable import sync
 from gft_megatron.training.model import gather_updated_parameters, unwrapped
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -76,16 +77,13 @@ def save_checkpoint(
         dist_checkpointing.save(state, str(partial), content_metadata=metadata)
         _random_state_file(partial).parent.mkdir(exist_ok=True)
         save_file(_random_state(), _random_state_file(partial))
+        sync(_random_state_file(partial))
         if dist.get_rank() == 0:
             content = {"iteration": iteration, "scheduler": scheduler.state_dict(), **run_state}
-            _write_durably(partial / "run_state.json", json.dumps(content, indent=1))
+            (partial / "run_state.json").write_text(json.dumps(content, indent=1))
         dist.barrier()
         if dist.get_rank() == 0:
-            if final.exists():  # an older run of the same steps, overtaken after a resume from before it
-                _discard(final)
-            os.rename(partial, final)
-            _write_durably(root / (TRACKER + ".new"), str(iteration))
-            os.replace(root / (TRACKER + ".new"), root / TRACKER)
+            _publish(partial, final, iteration)
             _remove_old(root, keep=keep_last, newest=iteration)
         dist.barrier()
     except _FAILURES as error:
@@ -235,6 +233,22 @@ def _is_complete(folder: Path) -> bool:
     )
 
 
+def _publish(partial: Path, final: Path, iteration: int) -> None:
+    """Give a folder its name once the disk has its files, and the tracker its number once the disk has that name:
+    groups are forgotten, and earlier checkpoints removed, on the strength of it."""
+    for path in (*filter(Path.is_file, partial.iterdir()), partial / "random_state", partial):
+        sync(path)
+    if final.exists():  # an older run of the same steps, overtaken after a resume from before it
+        _discard(final)
+    os.rename(partial, final)
+    sync(final.parent)
+    new = final.with_name(TRACKER + ".new")
+    new.write_text(str(iteration))
+    sync(new)
+    os.replace(new, final.with_name(TRACKER))
+    sync(final.parent)
+
+
 def _remove_old(root: Path, *, keep: int, newest: int) -> None:
     numbers = sorted(int(match[1]) for folder in root.iterdir() if (match := _FOLDER.fullmatch(folder.name)))
     for number in [number for number in numbers if number <= newest][:-keep]:
@@ -246,10 +260,3 @@ def _discard(folder: Path) -> None:
     stale = folder.with_name(folder.name + ".old.partial")
     os.rename(folder, stale)
     shutil.rmtree(stale, ignore_errors=True)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

@@ -7,6 +7,8 @@ rollout of 1,024 x 8 responses of 2,000 tokens is about 330 MB a rank, host memo
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -19,6 +21,9 @@ from torch import Tensor
 from gft_megatron.groups import Batch
 
 T = TypeVar("T")
+
+_LONGEST_WORK_SEC = 24 * 3600.0
+_meetings = itertools.count()
 
 
 def gather_batch(mine: Batch) -> Batch:
@@ -57,6 +62,7 @@ def all_or_none(work: Callable[[], T]) -> T:
         result = work()
     except Exception as failure:  # whatever it is, the others must not wait for it
         error = failure
+    _wait_for_all()
     told: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(told, None if error is None else str(error) or type(error).__name__)
     if error is not None:
@@ -75,22 +81,51 @@ def on_rank_zero(work: Callable[[], T]) -> T:
             outcome[0] = work()
         except Exception as error:  # whatever it is, the others must not wait for it
             outcome[1] = error
+    _wait_for_all()
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
 
 
+def _wait_for_all() -> None:
+    """Return when every rank has called this.
+
+    A collective would end the run after --distributed-timeout-minutes, and a rollout may well take longer. Each rank's
+    work has limits of its own, and torchrun ends the others when one has died.
+
+    Raises:
+        TimeoutError: one has not come in a day.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    number = next(_meetings)  # ranks call this in the same order
+    began = time.monotonic()
+    if store.add(f"gft_megatron/meeting/{number}", 1) == dist.get_world_size():
+        store.set(f"gft_megatron/met/{number}", "")
+        # All are here, so all have left the meeting before.
+        store.delete_key(f"gft_megatron/meeting/{number - 1}")
+        store.delete_key(f"gft_megatron/met/{number - 1}")
+        return
+    while not store.check([f"gft_megatron/met/{number}"]):
+        if (waited := time.monotonic() - began) > _LONGEST_WORK_SEC:
+            raise TimeoutError(f"some rank has been at its work for {waited / 3600:.0f} hours: the others give up")
+        time.sleep(min(max(waited / 10, 0.001), 1.0))
+
+
 def _gather_ragged(mine: list[np.ndarray]) -> list[Tensor]:  # [n of this rank] each -> [n of all ranks] each
-    # Of differing lengths and types, hence as padded bytes: gloo gathers equal sizes and knows no bool.
+    # As bytes, for gloo knows no bool; and rank by rank, for in one gather each would take the room of the largest.
     sizes = torch.tensor([array.nbytes for array in mine])
     all_sizes = [torch.empty_like(sizes) for _ in range(dist.get_world_size())]
     dist.all_gather(all_sizes, sizes)
-    padded = torch.zeros(max(int(s.sum()) for s in all_sizes), dtype=torch.uint8)
-    padded[: int(sizes.sum())] = torch.from_numpy(np.concatenate([array.view(np.uint8) for array in mine]))
-    parts = [torch.empty_like(padded) for _ in all_sizes]
-    dist.all_gather(parts, padded)
-    by_rank = [part[: int(s.sum())].split(s.tolist()) for part, s in zip(parts, all_sizes, strict=True)]
+    by_rank = []
+    for rank, of_rank in enumerate(all_sizes):
+        if rank == dist.get_rank():
+            part = torch.from_numpy(np.concatenate([array.view(np.uint8) for array in mine]))
+        else:
+            part = torch.empty(int(of_rank.sum()), dtype=torch.uint8)
+        if part.numel():
+            dist.broadcast(part, src=rank)
+        by_rank.append(part.split(of_rank.tolist()))
     return [
         torch.from_numpy(torch.cat(pieces).numpy().view(array.dtype))
         for array, *pieces in zip(mine, *by_rank, strict=True)

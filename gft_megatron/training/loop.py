@@ -22,12 +22,13 @@ from gft_megatron.observe.console import SampleRow
 from gft_megatron.phases import Phase, phase_at
 from gft_megatron.rewriting import write_rewrites
 from gft_megatron.rollout.hints import Hints
+from gft_megatron.rollout.outcome import Rollout, rollout_metrics, trained_part
 from gft_megatron.rollout.recipe import GroupRecipe
 from gft_megatron.training.checkpoint import layout, oldest_checkpoint, save_checkpoint
 from gft_megatron.training.exchange import max_over_ranks
 from gft_megatron.training.optimizer import build_scheduler, reset_optimizer
 from gft_megatron.training.prepare import prepare_steps, with_kl_in_rewards
-from gft_megatron.training.rollouts import Rollout, rollout_metrics, trained_part
+from gft_megatron.training.rollouts import RolloutPlan
 from gft_megatron.training.setup import Run, build_run
 from gft_megatron.training.step import Objective, StepResult, train_step
 from gft_megatron.training.weights import export_hf_folder, export_hf_tensors
@@ -88,7 +89,7 @@ def _enter(run: Run, phase: Phase) -> Phase:
     run.console.info(f"phase {phase.index + 1} of {len(run.phases)}: {phase.name}, steps {phase.start + 1}-{phase.end}")
     run.scheduler = build_scheduler(run.optimizer, phase.config.optimizer)
     run.batch_sums = None
-    run.workers.discard_ahead()
+    run.workers.end_phase()
     if phase.reset_optimizer:
         reset_optimizer(run.optimizer)
     return phase
@@ -100,14 +101,7 @@ def _collect(phase: Phase, run: Run, progress: Progress) -> Rollout:
     if recipe.n_self and not run.workers.num_ahead:
         _update_weights(run, progress)
     with run.timings.measure("rollout"):
-        rollout = run.workers.collect(
-            run.prompts,
-            run.order,
-            recipe,
-            config.rollout_rules,
-            rollout_id=progress.rollout_id,
-            version=progress.iteration,
-        )
+        rollout = run.workers.collect(_plan(phase, run, step, progress.rollout_id), version=progress.iteration)
     run.timings.add("generate", rollout.counts.generate_sec)
     run.timings.add("reward", rollout.counts.reward_sec)
     _collect_ahead(phase, run, progress)
@@ -149,13 +143,13 @@ def _collect_ahead(phase: Phase, run: Run, progress: Progress) -> None:
         step = progress.iteration - phase.start + rollouts_before * config.steps_per_rollout
         if step >= config.train_iters:
             return
-        run.workers.start(
-            run.prompts,
-            run.order,
-            _recipe(config, step),
-            config.rollout_rules,
-            rollout_id=progress.rollout_id + rollouts_before,
-        )
+        run.workers.start(_plan(phase, run, step, progress.rollout_id + rollouts_before))
+
+
+def _plan(phase: Phase, run: Run, step: int, rollout_id: int) -> RolloutPlan:
+    """The rollout that step `step` of the phase, counted from 0, starts with."""
+    config = phase.config
+    return RolloutPlan(rollout_id, run.prompts, run.order, _recipe(config, step), config.rollout_rules)
 
 
 def _recipe(config: RunConfig, step: int) -> GroupRecipe:

@@ -226,6 +226,8 @@ def _build_run(
     )
     if saved and "rollouts" in saved:  # a checkpoint from before there was anything of this kind has none
         run.workers.load_state_dict(saved["rollouts"])
+        if phase_of(saved) != phase.index:
+            run.workers.end_phase()
     return run, saved
 
 

@@ -27,6 +27,7 @@ from gft_megatron.rollout.engine import RolloutEngine
 from gft_megatron.rollout.local import LocalEngine
 from gft_megatron.rollout.samples import SampleMaker
 from gft_megatron.rollout.sglang.engine import SGLangEngine
+from gft_megatron.training.exchange import all_or_none
 from gft_megatron.training.parallel import is_replica_leader
 from gft_megatron.training.rollouts import RolloutWorkers
 from gft_megatron.training.servers import Servers, build_engine
@@ -98,20 +99,24 @@ def open_bank(
         of_replicas: each replica's first rank collects, not every rank.
 
     Raises:
-        ValueError, OSError: a ledger that cannot be read.
+        ValueError, OSError: a ledger that cannot be read; FailedElsewhere on the other ranks.
     """
-    bank = None
-    if not of_replicas or is_replica_leader():
-        bank = Bank.open(
+
+    def open_own() -> Bank | None:
+        if of_replicas and not is_replica_leader():
+            return None
+        return Bank.open(
             Path(phases[0].config.output.run_dir) / "bank",
             rank=parallel_state.get_data_parallel_rank() if of_replicas else dist.get_rank(),
             num_ranks=parallel_state.get_data_parallel_world_size() if of_replicas else dist.get_world_size(),
             fingerprint=_fingerprint(phases, prompts),
             checkpoint_iteration=iteration,
         )
-        if bank.report.restored or bank.report.damages:
-            console.info(f"bank: {bank.report}")
-    dist.barrier()  # a rank that appends while another still reads its file would confuse that one
+
+    # Together: a rank that appends while another still reads its file would confuse that one.
+    bank = all_or_none(open_own)
+    if bank is not None and (bank.report.restored or bank.report.damages):
+        console.info(f"bank: {bank.report}")
     return bank
 
 

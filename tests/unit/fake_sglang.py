@@ -15,10 +15,12 @@ TOKENS = [5, 6, 7, EOS]
 
 
 class FakeServer:
-    """`fault(body)` names what becomes of a request, None lets it succeed. `events` is what happened, in order."""
+    """`fault(body)` names what becomes of a request, None lets it succeed; `tokens(body)` is the response. `events` is
+    what happened, in order."""
 
-    def __init__(self, fault=lambda body: None, version="default", events=None):
+    def __init__(self, fault=lambda body: None, version="default", events=None, tokens=lambda body: TOKENS):
         self.fault = fault
+        self.tokens = tokens
         self.version = version
         self.events = [] if events is None else events
         self.running = {}  # rid: event of its end
@@ -120,7 +122,7 @@ class FakeServer:
         }
 
     async def _play(self, request, body, fault):
-        answer = self._answer(body, TOKENS)
+        answer = self._answer(body, self.tokens(body))
         if fault is not None:
             answer = WRONG[fault](answer, answer["meta_info"])
         return web.Response(text=json.dumps(answer), content_type="application/json")
@@ -167,7 +169,7 @@ class FakeServer:
         await self._never.wait()
 
     async def _play_half(self, request, body, fault):
-        whole = json.dumps(self._answer(body, TOKENS)).encode()
+        whole = json.dumps(self._answer(body, self.tokens(body))).encode()
         response = web.StreamResponse(headers={"Content-Length": str(len(whole)), "Content-Type": "application/json"})
         await response.prepare(request)
         await response.write(whole[: len(whole) // 2])
@@ -175,7 +177,7 @@ class FakeServer:
         return response
 
     async def _play_torn_sse(self, request, body, fault):
-        event = b"data: " + json.dumps(self._answer(body, TOKENS)).encode()
+        event = b"data: " + json.dumps(self._answer(body, self.tokens(body))).encode()
         return web.Response(body=event[:60], content_type="text/event-stream")
 
     async def _play_no_json(self, request, body, fault):

@@ -69,6 +69,15 @@ def test_an_interrupt_cancels_what_is_waited_for(loop):
     assert ended.wait(10)
 
 
+def test_a_start_that_fails_is_told_and_waited_for_by_nobody():
+    def fail():
+        raise ValueError("no such device")
+
+    with pytest.raises(ValueError, match="no such device"):
+        BackgroundLoop(fail)
+    assert not any(thread.name == "rollout" for thread in threading.enumerate())
+
+
 def test_nothing_runs_while_it_is_at_rest(loop):
     ticks = []
 

@@ -114,6 +114,16 @@ def test_every_field_comes_back_bit_for_bit(tmp_path):
     assert first[2] == 1 and first[3]["key"] == [0, 0] and first[3]["fingerprint"] == FINGERPRINT
 
 
+def test_names_are_on_the_disk_before_anything_is_recorded(tmp_path, monkeypatch):
+    synced = []
+    real = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (synced.append(os.readlink(f"/proc/self/fd/{handle}")), real(handle))
+    )
+    open_bank(tmp_path / "run" / "bank").close()
+    assert {str(tmp_path / "run"), str(tmp_path / "run" / "bank")} <= set(synced)
+
+
 def test_cut_off_anywhere_the_groups_before_are_kept(tmp_path, no_fsync):
     bank = filled(tmp_path / "whole", [])
     for number in range(6):
@@ -327,6 +337,18 @@ def test_compaction_rewrites_when_half_can_go(tmp_path):
     bank.mark_consumed([key(6)], 3)
     bank.close()
     assert restored(tmp_path, at=3) == {7, 8}
+
+
+def test_what_is_behind_every_checkpoint_is_held_nowhere(tmp_path, no_fsync):
+    bank = open_bank(tmp_path)
+    for step in range(1, 101):
+        keys = [GroupKey(step, i) for i in range(4)]
+        bank.append([(name, group(0)) for name in keys])
+        bank.mark_consumed(keys, step)
+        bank.compact(step - 2)
+    held = {name: len(value) for name, value in vars(bank).items() if isinstance(value, dict | list)}
+    assert max(held.values()) <= 32 and ledger(tmp_path).stat().st_size < 32 * 1024, held
+    bank.close()
 
 
 def in_a_fork(work) -> tuple[int, str]:

@@ -1,8 +1,11 @@
 """Which checkpoint a run resumes from, when everything on disk may be missing, garbled or half-written."""
 
+import os
+from pathlib import Path
+
 import pytest
 
-from gft_megatron.training.checkpoint import TRACKER, CheckpointError, _remove_old, find_checkpoint
+from gft_megatron.training.checkpoint import TRACKER, CheckpointError, _publish, _remove_old, find_checkpoint
 
 
 def make(root, iteration, *files):
@@ -49,6 +52,36 @@ def test_tracker_without_any_complete_folder_is_an_error(tmp_path, text):
     (tmp_path / TRACKER).write_text(text)
     with pytest.raises(CheckpointError, match=TRACKER):
         find_checkpoint(tmp_path)
+
+
+def test_what_is_published_is_on_the_disk_first(tmp_path, monkeypatch):
+    """In the order of the calls: files, their folder, its name, the tracker, the tracker's name."""
+    partial = make(tmp_path, 4).rename(tmp_path / "iter_0000004.partial")
+    (partial / "random_state").mkdir()
+    told = []
+
+    def record(name):
+        real = getattr(os, name)
+
+        def call(*arguments):
+            path = Path(os.readlink(f"/proc/self/fd/{arguments[0]}") if name == "fsync" else arguments[0])
+            told.append((name, path.relative_to(tmp_path).as_posix()))
+            return real(*arguments)
+
+        monkeypatch.setattr(os, name, call)
+
+    for name in ("fsync", "rename", "replace"):
+        record(name)
+    _publish(partial, tmp_path / "iter_0000004", 4)
+    old = partial.name
+    assert sorted(told[:3]) == [
+        ("fsync", f"{old}/{name}") for name in ("metadata.json", "random_state", "run_state.json")
+    ]
+    new = TRACKER + ".new"
+    assert told[3:] == [
+        ("fsync", old), ("rename", old), ("fsync", "."), ("fsync", new), ("replace", new), ("fsync", "."),
+    ]  # fmt: skip
+    assert find_checkpoint(tmp_path) == (tmp_path / "iter_0000004", None)
 
 
 def test_old_folders_are_removed_and_newer_ones_of_an_overtaken_run_stay(tmp_path):

@@ -13,8 +13,10 @@ import torch
 
 from gft_megatron.groups import GroupKey, Prompt, RecordedResponse, Source, WeightSpan
 from gft_megatron.rewards import Reward, RewardError
-from gft_megatron.rollout.collect import Collector, Draw, Enough
+from gft_megatron.rollout.bank import Bank
+from gft_megatron.rollout.collect import Collector, Enough
 from gft_megatron.rollout.counts import CollectCounts
+from gft_megatron.rollout.draws import Draw
 from gft_megatron.rollout.engine import (
     Completion,
     EngineFailed,
@@ -26,9 +28,9 @@ from gft_megatron.rollout.engine import (
     SamplingParams,
 )
 from gft_megatron.rollout.hints import Hints
+from gft_megatron.rollout.outcome import Rollout, rollout_metrics
 from gft_megatron.rollout.recipe import GroupRecipe
 from gft_megatron.rollout.samples import SampleMaker
-from gft_megatron.training.rollouts import Rollout, rollout_metrics
 
 EOS = 1
 
@@ -84,9 +86,9 @@ class ScriptedReward(Reward):
         return self.scores[response]
 
 
-def prompt_with(*responses):
+def prompt_with(*responses, row=3):
     recorded = tuple(RecordedResponse(text, np.array([5, EOS]), source) for text, source in responses)
-    return Prompt(row=3, token_ids=np.array([8, 9]), label="x", responses=recorded)
+    return Prompt(row=row, token_ids=np.array([8, 9]), label="x", responses=recorded)
 
 
 def make_collector(engine=None, reward=None, *, seed=5, max_concurrent_samples=4):
@@ -270,6 +272,32 @@ def test_enough_groups_stop_the_rest_and_the_rest_goes_on_later():
     asyncio.run(scenario())
 
 
+def test_a_response_goes_on_from_its_own_hint():
+    """The share of hints falls from rollout to rollout; what was drawn behind one hint does not answer another."""
+
+    async def scenario():
+        engine = HeldEngine(drawn_when_aborted=[4, 4])
+        collector = make_collector(engine, ScriptedReward(ANY_REWARD), max_concurrent_samples=4)
+        prompts = prompts_with_expert(2)
+        first = asyncio.create_task(
+            collector.collect(prompts, draws_of(2), make_recipe(n_self=2, max_new_tokens=12, hints=Hints(2, 1.0)),
+                              enough=Enough(1, skip_zero_variance=False), keep_partial=True)
+        )  # fmt: skip
+        await turns()
+        engine.answer(0, [2, EOS]), engine.answer(1, [2, EOS])
+        left = (await first).left
+        later = asyncio.create_task(
+            collector.collect(prompts, left, make_recipe(n_self=2, max_new_tokens=12, hints=Hints(2, 0.0)))
+        )
+        await turns()
+        assert [request.prompt_ids for request in engine.requests[-2:]] == [(8, 9, *EXPERT[:7], 4, 4)] * 2
+        engine.answer(4, [5, EOS]), engine.answer(5, [5, EOS])
+        (group,) = (await later).groups
+        assert {tuple(sample.token_ids.tolist()) for sample in group.samples} == {(*EXPERT[:7], 4, 4, 5, EOS)}
+
+    asyncio.run(scenario())
+
+
 def test_only_so_many_requests_are_with_the_engine_and_the_queue_is_numbers():
     async def scenario():
         engine = HeldEngine()
@@ -351,6 +379,28 @@ def test_samples_for_an_evaluation():
     collector = make_collector(engine, ScriptedReward({"2 3": 0.5}))
     drawn = asyncio.run(collector.sample([prompt_with()] * 2, 3, SamplingParams(max_new_tokens=3), name="eval/0"))
     assert [[sample.reward for sample in samples] for samples in drawn] == [[0.5, 0.5], [0.5, 0.5, 0.5]]
+
+
+def test_a_group_that_cannot_be_read_any_more_is_made_and_recorded_again(tmp_path):
+    def collected(during=lambda: None):
+        bank = Bank.open(tmp_path, rank=0, num_ranks=1, fingerprint="f", checkpoint_iteration=0)
+        during()
+        collector = make_collector(HeldEngine())
+        collector.maker.engine.generate = ScriptedEngine().generate
+        collector.bank = bank
+        groups, _, counts = collect([prompt_with(row=i) for i in range(2)], collector=collector, n_self=2)
+        bank.close()
+        return len(groups), counts.restored_groups
+
+    def damage():
+        (file,) = tmp_path.iterdir()
+        data = bytearray(file.read_bytes())
+        data[60] ^= 1
+        file.write_bytes(data)
+
+    assert collected() == (2, 0) and collected() == (2, 2)
+    assert collected(during=damage) == (2, 1)
+    assert collected() == (2, 2)
 
 
 def whole_rollout(batch):

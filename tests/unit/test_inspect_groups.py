@@ -96,6 +96,14 @@ def test_chosen_groups(inspect):
             inspect("--show", text)
 
 
+def test_of_two_records_the_later_one_is_shown(run_dir, inspect):
+    """As a resumed run takes it, whatever the number of the rank that wrote it."""
+    bank = Bank.open(run_dir / "bank", rank=0, num_ranks=1, fingerprint="f", checkpoint_iteration=0)
+    bank.append([(GroupKey(0, 1), group(42, 0.75))])
+    bank.close()
+    assert inspect("--rollout", "0").splitlines()[2].split("\t")[3] == "- 0.75"
+
+
 def test_on_a_terminal_model_text_is_only_text(inspect, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # for rich this is a terminal
     monkeypatch.setenv("COLUMNS", "160")

@@ -8,8 +8,8 @@ import torch
 
 from gft_megatron.groups import Batch, Group, Prompt, Sample, Source
 from gft_megatron.rollout.engine import SamplingParams
+from gft_megatron.rollout.outcome import trained_part
 from gft_megatron.rollout.recipe import GroupRecipe, overlong_penalty, recipe_advantages
-from gft_megatron.training.rollouts import trained_part
 
 # Two groups: an expert, two teachers, two own samples; and an expert with two own ones.
 SOURCES = torch.tensor([0, 1, 1, 2, 2, 0, 2, 2])

@@ -23,7 +23,8 @@ from gft_megatron.data.token_groups import response_groups, top_share
 from gft_megatron.groups import GroupKey, Source
 from gft_megatron.losses.sft_go import MAX_GROUPS
 from gft_megatron.rewards import build_reward
-from gft_megatron.rollout.collect import Collector, Draw
+from gft_megatron.rollout.collect import Collector
+from gft_megatron.rollout.draws import Draw
 from gft_megatron.rollout.engine import SamplingParams
 from gft_megatron.rollout.recipe import GroupRecipe
 from gft_megatron.rollout.samples import SampleMaker

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from gft_megatron.durable import sync
 from gft_megatron.groups import Group, GroupKey, Sample
 from gft_megatron.rollout.bank.ledger import (
     Damage,
@@ -146,7 +147,8 @@ class Bank:
         path = ledger_path(folder, rank)
         _partial(path).unlink(missing_ok=True)  # of a compaction that was cut off
         bank = cls(path, fingerprint)
-        _sync_folder(folder)
+        sync(folder.parent)
+        sync(folder)
         bank._recover(_scan_all(folder), num_ranks, checkpoint_iteration)
         return bank
 
@@ -328,10 +330,12 @@ class Bank:
             partial.unlink(missing_ok=True)
             raise self._no_room(error, sum(entry.size for entry in live.values())) from error
         self._end, self._own, self._markers = end, moved, markers
+        asked_for = moved.keys() | {key for keys in self._abandoned.values() for key in keys}
+        self._consumed = {key: step for key, step in self._consumed.items() if key in asked_for}
         for key, stored in self.restored.items():
             if stored.path == self._path:
                 self.restored[key] = StoredGroup(self._path, moved[key])
-        _sync_folder(self._path.parent)
+        sync(self._path.parent)
 
     def _parts(self, entry: Entry) -> Iterator[bytes]:
         for offset in range(entry.offset, entry.offset + entry.size, _COPIED_AT_ONCE):
@@ -383,12 +387,3 @@ def _is_needed(ledger: Ledger, ledgers: list[Ledger]) -> bool:
 
 def _partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
-
-
-def _sync_folder(folder: Path) -> None:
-    """A new name is on the disk only after its folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
