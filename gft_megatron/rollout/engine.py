@@ -8,7 +8,7 @@ a training sample by accident.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar, Literal
@@ -140,3 +140,16 @@ class RolloutEngine(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Abort everything and free what the engine holds."""
+
+
+_OWN_COUNTS = ("tokens/", "failures/", "in_flight", "retries")
+
+
+def figures_of_all(engines: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """`RolloutEngine.figures` of a run whose engines have these: what each has sent and got is added up; what servers
+    are doing, and the version of their weights, all engines tell alike."""
+    total: dict[str, float] = {}
+    for figures in engines:
+        for name, value in figures.items():
+            total[name] = total.get(name, 0.0) + value if name.startswith(_OWN_COUNTS) else total.get(name, value)
+    return total

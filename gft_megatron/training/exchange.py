@@ -109,7 +109,7 @@ def _wait_for_all() -> None:
     while not store.check([f"gft_megatron/met/{number}"]):
         if (waited := time.monotonic() - began) > _LONGEST_WORK_SEC:
             raise TimeoutError(f"some rank has been at its work for {waited / 3600:.0f} hours: the others give up")
-        time.sleep(min(max(waited / 10, 0.001), 1.0))
+        time.sleep(min(max(waited / 50, 0.001), 0.25))  # whoever waits for this rank waits that much longer
 
 
 def _gather_ragged(mine: list[np.ndarray]) -> list[Tensor]:  # [n of this rank] each -> [n of all ranks] each

@@ -30,7 +30,7 @@ from gft_megatron.rollout.background import BackgroundLoop
 from gft_megatron.rollout.collect import Collected, Collector, Enough, Prompts
 from gft_megatron.rollout.counts import CollectCounts, CollectNews
 from gft_megatron.rollout.draws import Draw, DrawQueue
-from gft_megatron.rollout.engine import Completion, FinishReason, SamplingParams
+from gft_megatron.rollout.engine import Completion, FinishReason, SamplingParams, figures_of_all
 from gft_megatron.rollout.figures import evaluation_figures, evaluation_sums
 from gft_megatron.rollout.outcome import Rollout, trained_part
 from gft_megatron.rollout.recipe import GroupRecipe, RolloutRules
@@ -67,8 +67,8 @@ class _Round:
 
 
 class RolloutWorkers:
-    """The collectors of all ranks. Methods are collectives over the world, but for `engine_figures`, `at_rest`, `close`
-    and the state."""
+    """The collectors of all ranks. Methods are collectives over the world, but for `at_rest`, `close` and the
+    state."""
 
     def __init__(
         self,
@@ -180,8 +180,10 @@ class RolloutWorkers:
         return Rollout(trained, collected, self._trained.staleness(collected), counts, own_groups, own_keys)
 
     def engine_figures(self) -> dict[str, float]:
-        """What this rank's engine has to tell; tokens a second since the call before."""
-        figures = self._loop.run(self._figures())
+        """What the engines of all ranks have to tell; tokens a second since the call before."""
+        everybody: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everybody, self._loop.run(self._figures()))
+        figures = figures_of_all(everybody)
         tokens = {name: value for name, value in figures.items() if name.startswith("tokens/")}
         speeds = {name.replace("tokens/", "tokens_per_sec/"): x for name, x in self._rates.of(tokens).items()}
         return {f"engine/{name}": x for name, x in {**figures, **speeds}.items() if name not in tokens}

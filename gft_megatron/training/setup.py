@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,14 +93,15 @@ class Run:
         return self.train_prompts if self.rewrites is None else self.rewritten_prompts
 
     def close(self) -> None:
-        self.workers.close()
-        if self.servers is not None:
-            self.servers.close()
-        self.console.close()
-        for tracker in self.trackers:
-            tracker.close()
-        if self.metrics_log is not None:
-            self.metrics_log.close()
+        with contextlib.ExitStack() as every:  # what fails to close keeps no server running
+            if self.metrics_log is not None:
+                every.callback(self.metrics_log.close)
+            for tracker in self.trackers:
+                every.callback(tracker.close)
+            every.callback(self.console.close)
+            if self.servers is not None:
+                every.callback(self.servers.close)
+            every.callback(self.workers.close)
 
 
 def build_run(config: RunConfig) -> tuple[Run, dict[str, Any] | None]:

@@ -22,6 +22,7 @@ from gft_megatron.rollout.engine import (
     RequestAborted,
     RequestRefused,
     SamplingParams,
+    figures_of_all,
 )
 from gft_megatron.rollout.sglang import client
 from gft_megatron.rollout.sglang.client import ModelFacts
@@ -712,3 +713,12 @@ def test_an_abort_that_came_after_the_end_costs_nothing(tokens, ended):
         assert aborted.value.partial.token_ids.tolist() == tokens
     else:
         assert asyncio.run(answer).finish_reason == ended
+
+
+def test_figures_of_several_engines():
+    one = {"tokens/a:1": 3.0, "failures/stale": 1.0, "retries": 2.0, "in_flight": 4.0, "running": 9.0, "sync_sec": 0.5}
+    other = {"tokens/a:1": 5.0, "tokens/b:1": 1.0, "retries": 1.0, "in_flight": 0.0, "running": 8.0, "sync_sec": 0.0}
+    assert figures_of_all([one, {}, other]) == {
+        "tokens/a:1": 8.0, "tokens/b:1": 1.0, "failures/stale": 1.0, "retries": 3.0, "in_flight": 4.0,
+        "running": 9.0, "sync_sec": 0.5,
+    }  # fmt: skip
