@@ -7,8 +7,8 @@ bare: an asyncio loop with aiohttp that sends the same requests and reads the JS
 client: `SGLangEngine`: every answer checked, the server's progress watched.
 collect: `Collector` on top: groups of 8, rewards, advantages.
 
-The three take turns, in another order each round. The table has the median of the rounds; `ratio` is to bare. A
-server's speed wavers more than what lies between the three: `client_ms` is this process's own CPU time for 1000 tokens,
+The three take turns, in another order each round. The table has the medians of the rounds; `ratio` is that of the
+ratios to bare in the same round. A server's speed wavers more than what lies between the three: `client_ms` is this process's own CPU time for 1000 tokens,
 which does not. The server's weights are called version 0 by this.
 """
 
@@ -142,10 +142,9 @@ async def measure(settings: BenchRollout, keys: Keys) -> AsyncIterator[Row]:
                     if round_ >= 0:
                         speeds[way.name].append(tokens / seconds)
                         costs[way.name].append(cpu / tokens * 1e6)
-            bare = statistics.median(speeds["bare"])
             for name, measured in speeds.items():
-                speed = statistics.median(measured)
-                yield Row(concurrency, name, speed, speed / bare, statistics.median(costs[name]))
+                ratios = [speed / bare for speed, bare in zip(measured, speeds["bare"], strict=True)]
+                yield Row(concurrency, name, *map(statistics.median, (measured, ratios, costs[name])))
     finally:
         await session.close()
         await engine.close()
