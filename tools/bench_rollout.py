@@ -8,8 +8,8 @@ client: `SGLangEngine`: every answer checked, the server's progress watched.
 collect: `Collector` on top: groups of 8, rewards, advantages.
 
 The three take turns, in another order each round. The table has the medians of the rounds; `ratio` is that of the
-ratios to bare in the same round. A server's speed wavers more than what lies between the three: `client_ms` is this process's own CPU time for 1000 tokens,
-which does not. The server's weights are called version 0 by this.
+ratios to bare in the same round. A server's speed wavers more than what lies between the three: `client_ms` is this
+process's own CPU time for 1000 tokens, which does not. The server's weights are called version 0 by this.
 """
 
 from __future__ import annotations
