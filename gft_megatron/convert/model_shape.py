@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gft_megatron.convert.families import family_of
+from gft_megatron.convert.families import Family, Layers, MoeShape, family_of
+from gft_megatron.convert.families.tables import refuse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -29,6 +30,12 @@ _SIZES = (
     "head_dim",
     "vocab_size",
     "max_position_embeddings",
+    "sliding_window",
+    "num_local_experts",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "decoder_sparse_step",
 )
 
 
@@ -59,6 +66,10 @@ class ModelShape:
     tie_word_embeddings: bool
     dtype: torch.dtype
     """Of the stored weights, as the configuration has it; float32 where it does not say."""
+    sliding_window: int | None = None
+    """Tokens that a token attends to, itself included; None: all before it."""
+    moe: MoeShape | None = None
+    """None: no layer has experts."""
 
     @property
     def query_size(self) -> int:
@@ -67,6 +78,18 @@ class ModelShape:
     @property
     def key_value_size(self) -> int:
         return self.num_query_groups * self.kv_channels
+
+    @property
+    def num_moe_experts(self) -> int:
+        return self.moe.num_experts if self.moe else 0
+
+    @property
+    def moe_ffn_hidden_size(self) -> int:
+        return self.moe.ffn_hidden_size if self.moe else 0
+
+    def layers_like(self, layer: int) -> Layers:
+        """The kind of layer number `layer`."""
+        return Layers.MOE if self.moe and self.moe.layers[layer] else Layers.DENSE
 
     @staticmethod
     def from_hf(config: PreTrainedConfig) -> ModelShape:
@@ -97,50 +120,97 @@ class ModelShape:
             rope_scaling_factor=rope_scaling_factor,
             tie_word_embeddings=config.tie_word_embeddings,
             dtype=config.dtype or torch.float32,
+            sliding_window=_sliding_window(config, family),
+            moe=_moe(config, family),
         )
 
     def check_tensor_parallel_size(self, tp_size: int) -> None:
         """Refuse a tensor-parallel size that would cut a key-value head or leave ranks unequal.
 
-        Query heads are a multiple of the key-value heads, and vocabulary rows are padded: neither needs a check.
+        Query heads are a multiple of the key-value heads, and vocabulary rows are padded: neither needs a check. Nor do
+        experts, see `check_expert_tensor_parallel_size`.
 
         Raises:
             ValueError: names the flag and the sizes that this model allows.
         """
-        divisible = math.gcd(self.num_query_groups, self.ffn_hidden_size)
+        has_mlp = self.moe is None or not all(self.moe.layers)
+        divisible = math.gcd(self.num_query_groups, self.ffn_hidden_size if has_mlp else 0)
         if tp_size < 1 or divisible % tp_size:
-            allowed = [size for size in range(1, divisible + 1) if divisible % size == 0]
+            mlp = f" and MLP width {self.ffn_hidden_size}" if has_mlp else ""
             raise ValueError(
                 f"--tensor-model-parallel-size {tp_size} does not divide this model's {self.num_query_groups} "
-                f"key-value heads and MLP width {self.ffn_hidden_size}; allowed: {allowed}"
+                f"key-value heads{mlp}; allowed: {_divisors(divisible)}"
+            )
+
+    def check_expert_parallel_size(self, ep_size: int) -> None:
+        """Refuse an expert-parallel size that would leave ranks with unequal numbers of experts.
+
+        Raises:
+            ValueError: names the flag and the sizes that this model allows.
+        """
+        self._check_experts("--expert-model-parallel-size", ep_size, self.num_moe_experts, "experts")
+
+    def check_expert_tensor_parallel_size(self, etp_size: int) -> None:
+        """Refuse a size that would divide an expert into unequal shares.
+
+        Raises:
+            ValueError: names the flag and the sizes that this model allows.
+        """
+        self._check_experts("--expert-tensor-parallel-size", etp_size, self.moe_ffn_hidden_size, "expert width")
+
+    def _check_experts(self, flag: str, size: int, divisible: int, what: str) -> None:
+        if not self.moe and size != 1:
+            raise ValueError(f"{flag} {size}: this {self.model_type} model has no experts; leave it at 1")
+        if self.moe and (size < 1 or divisible % size):
+            raise ValueError(
+                f"{flag} {size} does not divide this model's {what} {divisible}; allowed: {_divisors(divisible)}"
             )
 
 
-def _refuse_what_megatron_would_compute_wrong(config: PreTrainedConfig) -> None:
-    def refuse(what: str) -> None:
-        raise ValueError(f"cannot convert this {config.model_type} model: {what}")
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
 
+
+def _sliding_window(config: PreTrainedConfig, family: Family) -> int | None:
+    window = config.sliding_window if family.has_sliding_window else None
+    return window if window is not None and window < config.max_position_embeddings else None
+
+
+def _moe(config: PreTrainedConfig, family: Family) -> MoeShape | None:
+    moe = family.read_moe(config) if family.read_moe else None
+    if moe is None:
+        return None
+    if moe.router_topk > moe.num_experts:
+        refuse(config, f"num_experts_per_tok {moe.router_topk}, expected at most its {moe.num_experts} experts")
+    if moe.router_topk == 1 and not moe.router_pre_softmax:
+        refuse(config, "num_experts_per_tok 1 with normalized weights (norm_topk_prob), which are always 1")
+    return moe
+
+
+def _refuse_what_megatron_would_compute_wrong(config: PreTrainedConfig) -> None:
     if getattr(config, "quantization_config", None) is not None:
-        refuse("its weights are quantized (quantization_config); use the checkpoint it was quantized from")
+        refuse(config, "its weights are quantized (quantization_config); use the checkpoint it was quantized from")
     if getattr(config, "auto_map", None):
-        refuse("it brings its own code (auto_map), which is never run")
+        refuse(config, "it brings its own code (auto_map), which is never run")
     if set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
-        refuse(f"layer_types {sorted(set(config.layer_types))}, only full_attention is supported (use_sliding_window)")
+        refuse(
+            config,
+            f"layer_types {sorted(set(config.layer_types))}, only full_attention is supported (use_sliding_window)",
+        )
     for bias in ("attention_bias", "mlp_bias"):
         if getattr(config, bias, False):
-            refuse(f"{bias} is true; no released model of this family has it and there is no table for it")
+            refuse(config, f"{bias} is true; no released model of this family has it and there is no table for it")
     if config.hidden_act != "silu":
-        refuse(f"hidden_act {config.hidden_act!r}, expected 'silu'")
+        refuse(config, f"hidden_act {config.hidden_act!r}, expected 'silu'")
     for size in _SIZES:
         value = getattr(config, size, None)
         if value is not None and value < 1:
-            refuse(f"{size} {value}, expected at least 1")
+            refuse(config, f"{size} {value}, expected at least 1")
     if config.num_attention_heads % config.num_key_value_heads:
-        refuse(
-            f"{config.num_attention_heads} heads are not a multiple of num_key_value_heads {config.num_key_value_heads}"
-        )
+        heads = f"num_attention_heads {config.num_attention_heads}"
+        refuse(config, f"{heads}, expected a multiple of num_key_value_heads {config.num_key_value_heads}")
     if config.dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-        refuse(f"dtype {config.dtype}, expected float32, bfloat16 or float16")
+        refuse(config, f"dtype {config.dtype}, expected float32, bfloat16 or float16")
 
 
 def _rope(config: PreTrainedConfig) -> tuple[float, float | None]:

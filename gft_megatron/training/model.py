@@ -12,12 +12,15 @@ import yaml
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from gft_megatron.config import ModelConfig, ParallelConfig
+from gft_megatron.convert.families import MoeShape
 from gft_megatron.convert.model_shape import ModelShape
+from gft_megatron.training.moe import mend_moe_without_transformer_engine
 from gft_megatron.training.spec import block_spec
 
 _SECTIONS = {
@@ -53,7 +56,7 @@ def transformer_config(
     Raises:
         ValueError: the layout does not divide the model.
     """
-    _require_divisible(shape, parallel)
+    require_divisible(shape, parallel)
     if not overrides.get("calculate_per_token_loss", True):
         raise ValueError("--megatron transformer.calculate_per_token_loss=false: losses here are sums over tokens")
     dtype = torch.bfloat16 if model.bf16 else torch.float32
@@ -80,6 +83,8 @@ def transformer_config(
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
         "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -99,14 +104,50 @@ def transformer_config(
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
     }
+    if shape.sliding_window is not None:
+        settings["window_size"] = (shape.sliding_window - 1, 0)  # tokens before and after one
+    if shape.moe is not None:
+        settings |= _moe_settings(shape.moe)
     try:
         return TransformerConfig(**{**settings, **overrides})
     except (ValueError, AssertionError, TypeError) as error:
         raise ValueError(f"Megatron's TransformerConfig refuses these settings: {error}") from error
 
 
-def _require_divisible(shape: ModelShape, parallel: ParallelConfig) -> None:
+def _moe_settings(moe: MoeShape) -> dict[str, Any]:
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_ffn_hidden_size": moe.ffn_hidden_size,
+        # A list, even of equal layers, changes the names in a checkpoint (TransformerBlock.sharded_state_dict).
+        "moe_layer_freq": 1 if all(moe.layers) else [int(has_experts) for has_experts in moe.layers],
+        "moe_router_topk": moe.router_topk,
+        "moe_router_score_function": "softmax",
+        "moe_router_pre_softmax": moe.router_pre_softmax,
+        # Rounded to bfloat16, experts tie and a token goes to others than it was generated with.
+        "moe_router_dtype": "fp32",
+        # None, as in transformers; --megatron transformer.moe_aux_loss_coeff=0.001 turns it on.
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_expert_capacity_factor": None,  # no token is dropped
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": HAVE_TE,
+    }
+
+
+def require_divisible(shape: ModelShape, parallel: ParallelConfig) -> None:
+    """Refuse a layout that this model cannot be divided by.
+
+    Raises:
+        ValueError: names the flag, and what it may be.
+    """
     shape.check_tensor_parallel_size(parallel.tensor_model_parallel_size)
+    shape.check_expert_parallel_size(parallel.expert_model_parallel_size)
+    shape.check_expert_tensor_parallel_size(parallel.expert_tensor_parallel_size)
+    if shape.moe is not None and parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        raise ValueError(
+            f"a model with experts under --tensor-model-parallel-size {parallel.tensor_model_parallel_size} needs "
+            f"--sequence-parallel: without it Megatron would send every token to its experts once for each rank"
+        )
     stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
     if shape.num_layers % stages:
         raise ValueError(
@@ -129,6 +170,8 @@ def build_chunks(
     Args:
         vocab_size: padded size, see `padded_vocab_size`.
     """
+    if shape.moe is not None:
+        mend_moe_without_transformer_engine()
     num_chunks = config.virtual_pipeline_model_parallel_size
     chunks: list[torch.nn.Module] = []
     for index in range(num_chunks or 1):
@@ -148,8 +191,23 @@ def build_chunks(
             rope_scaling_factor=shape.rope_scaling_factor or 1.0,
             vp_stage=vp_stage,
         ).to(device)
+        _reduce_experts_over_their_own_ranks(chunk, config)
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
     return chunks
+
+
+def _reduce_experts_over_their_own_ranks(chunk: torch.nn.Module, config: TransformerConfig) -> None:
+    """Make DDP sum the gradients of an expert over the ranks that hold it, where these are not the data-parallel ones.
+
+    `allreduce` False is Megatron's mark for them. megatron-core 0.16.1 (tensor_parallel/layers.py) sets it under expert
+    parallelism only: with --expert-tensor-parallel-size below the tensor-parallel size, each tensor-parallel rank would
+    train an expert of its own on its own share of the tokens, without an error. 0.19.2 sets it as is done here.
+    """
+    if config.expert_tensor_parallel_size == config.tensor_model_parallel_size:
+        return
+    for name, parameter in chunk.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False
 
 
 def wrap_in_ddp(

@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 SIZES = {
     "vocab_size": 131,  # prime: every padding is real padding
@@ -35,6 +44,16 @@ CONFIGS = {
     "llama3-tied": lambda: LlamaConfig(
         tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE, **{**SIZES, "max_position_embeddings": 131072}
     ),
+    "mistral": lambda: MistralConfig(tie_word_embeddings=False, sliding_window=None, **SIZES),
+    "mistral-window": lambda: MistralConfig(tie_word_embeddings=False, sliding_window=9, **SIZES),
+}
+QWEN3_MOE = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+CONFIGS_WITH_EXPERTS = {
+    # The attention of a MoE model is that of a dense one; what is new in it:
+    "mixtral": lambda: MixtralConfig(num_local_experts=4, tie_word_embeddings=False, **SIZES),
+    "qwen3-moe-tied": lambda: Qwen3MoeConfig(norm_topk_prob=True, tie_word_embeddings=True, **QWEN3_MOE, **SIZES),
+    # Experts in the second layer (and the fourth), weights that sum to less than 1.
+    "qwen3-moe-unequal": lambda: Qwen3MoeConfig(norm_topk_prob=False, decoder_sparse_step=2, **QWEN3_MOE, **SIZES),
 }
 
 
@@ -45,5 +64,7 @@ def save_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype = torc
     for name, parameter in model.named_parameters():
         if "norm" in name or "bias" in name:
             torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+        elif "mlp.gate.weight" in name:  # some routers of transformers begin at 0, where every expert ties
+            torch.nn.init.normal_(parameter, std=0.2)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     return folder
