@@ -57,6 +57,13 @@ def lay_out(parallel: ParallelConfig, *, timeout: datetime.timedelta | None = No
             f"--expert-model-parallel-size {parallel.expert_model_parallel_size} x "
             f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size}"
         )
+    both_divided = min(parallel.expert_tensor_parallel_size, parallel.expert_model_parallel_size) > 1
+    if both_divided and not torch.cuda.is_available():
+        raise ValueError(
+            f"--expert-tensor-parallel-size {parallel.expert_tensor_parallel_size} beside "
+            f"--expert-model-parallel-size {parallel.expert_model_parallel_size} gathers unequal shares, which gloo "
+            f"cannot: without a GPU one of them has to be 1"
+        )
     timeouts = {} if timeout is None else {"distributed_timeout_minutes": max(1, int(timeout.total_seconds() // 60))}
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
