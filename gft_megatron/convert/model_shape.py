@@ -32,7 +32,6 @@ _SIZES = (
     "max_position_embeddings",
     "sliding_window",
     "num_local_experts",
-    "num_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
     "decoder_sparse_step",

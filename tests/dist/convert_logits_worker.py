@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 convert_logits_worker.py --folders DIR DIR --out DIR --layouts 2x1 1x2
 
 Reads DIR/tokens.pt of each folder; writes OUT/LAYOUT/<folder name>/logits.pt and the exported folder hf beside it.
-A layout is TPxPP, TPxPPxEP or TPxPPxEPxETP; models without experts are left out where experts are divided.
+A layout is TPxPP for the models without experts, TPxPPxEP or TPxPPxEPxETP for those with.
 """
 
 from __future__ import annotations
@@ -75,9 +75,7 @@ def run_layout(layout: str, paths: list[Path], out: Path) -> None:
     seed_ranks(1)
     for path in paths:
         folder = HfFolder(path)
-        if folder.shape.moe is None and layout.count("x") > 1:
-            continue
-        if folder.shape.moe is not None and tp_size > 1 and not parallel.sequence_parallel:
+        if (folder.shape.moe is not None) != (layout.count("x") > 1):
             continue
         settings = ModelConfig(hf_checkpoint=str(path), make_vocab_size_divisible_by=64)
         config = models.transformer_config(folder.shape, settings, parallel, {})
