@@ -43,7 +43,7 @@ class ModelShape:
     """Sizes and switches of a decoder, in the names of Megatron's TransformerConfig and GPTModel."""
 
     model_type: str
-    """Picks the family, see families.py."""
+    """Picks the family, see families/."""
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
