@@ -86,7 +86,13 @@ def _layers(shape: ModelShape, layers: Layers) -> Iterator[int]:
 def _entries(shape: ModelShape, layers: Layers) -> dict[str, Entry]:
     """Entries of the parameters that layers of this kind have, and of those that belong to no layer."""
     (family,) = [family for family in FAMILIES if family.model_type == shape.model_type]
-    entries = {name: entry for entry in family.entries if entry.layers in (Layers.ALL, layers) for name in entry.names}
+    entries = {
+        name: entry
+        for entry in family.entries
+        if entry.layers in (Layers.ALL, layers)
+        and all(getattr(shape, dim) for part in entry.parts for dim in part.dims)
+        for name in entry.names
+    }
     if shape.tie_word_embeddings:
         output_layer, embedding = entries[OUTPUT_LAYER], entries[EMBEDDING]
         entries[OUTPUT_LAYER] = Entry(output_layer.names, output_layer.layout, embedding.parts)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gft_megatron.convert.families import Family, Layers, MoeShape, family_of
+from gft_megatron.convert.families import Family, Layers, MlaShape, MoeShape, family_of
 from gft_megatron.convert.families.tables import refuse
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ class ModelShape:
     """Tokens that a token attends to, itself included; None: all before it."""
     moe: MoeShape | None = None
     """None: no layer has experts."""
+    mla: MlaShape | None = None
+    """None: keys and values are projected as they are."""
 
     @property
     def query_size(self) -> int:
@@ -76,7 +78,34 @@ class ModelShape:
 
     @property
     def key_value_size(self) -> int:
+        """Of the keys, and of the values; of latent attention, keys and values together, without the rotated part."""
+        if self.mla:
+            return self.num_attention_heads * (self.mla.qk_head_dim + self.mla.v_head_dim)
         return self.num_query_groups * self.kv_channels
+
+    @property
+    def q_lora_rank(self) -> int:
+        return self.mla.q_lora_rank if self.mla else 0
+
+    @property
+    def uncompressed_query_size(self) -> int:
+        return 0 if self.q_lora_rank else self.query_size
+
+    @property
+    def kv_lora_rank(self) -> int:
+        return self.mla.kv_lora_rank if self.mla else 0
+
+    @property
+    def kv_latent_size(self) -> int:
+        return self.mla.kv_lora_rank + self.mla.qk_pos_emb_head_dim if self.mla else 0
+
+    @property
+    def context_size(self) -> int:
+        return self.num_attention_heads * (self.mla.v_head_dim if self.mla else self.kv_channels)
+
+    @property
+    def shared_ffn_hidden_size(self) -> int:
+        return self.moe.shared_ffn_hidden_size if self.moe else 0
 
     @property
     def num_moe_experts(self) -> int:
@@ -100,7 +129,10 @@ class ModelShape:
         family = family_of(config.model_type, config.architectures)
         _refuse_what_megatron_would_compute_wrong(config)
         head_dim = getattr(config, "head_dim", None)
-        rotary_base, rope_scaling_factor = _rope(config)
+        mla = family.read_mla(config) if family.read_mla else None
+        if mla is not None:
+            head_dim = mla.qk_head_dim + mla.qk_pos_emb_head_dim
+        rotary_base, rope_scaling_factor = (config.rope_parameters["rope_theta"], None) if mla else _rope(config)
         return ModelShape(
             model_type=family.model_type,
             num_layers=config.num_hidden_layers,
@@ -121,6 +153,7 @@ class ModelShape:
             dtype=config.dtype or torch.float32,
             sliding_window=_sliding_window(config, family),
             moe=_moe(config, family),
+            mla=mla,
         )
 
     def check_tensor_parallel_size(self, tp_size: int) -> None:
@@ -133,9 +166,11 @@ class ModelShape:
             ValueError: names the flag and the sizes that this model allows.
         """
         has_mlp = self.moe is None or not all(self.moe.layers)
-        divisible = math.gcd(self.num_query_groups, self.ffn_hidden_size if has_mlp else 0)
+        sizes = {"MLP width": self.ffn_hidden_size if has_mlp else 0, "shared expert": self.shared_ffn_hidden_size}
+        sizes |= {"query latent": self.q_lora_rank, "key-value latent": self.kv_latent_size}
+        divisible = math.gcd(self.num_query_groups, *sizes.values())
         if tp_size < 1 or divisible % tp_size:
-            mlp = f" and MLP width {self.ffn_hidden_size}" if has_mlp else ""
+            mlp = "".join(f" and {name} {size}" for name, size in sizes.items() if size)
             raise ValueError(
                 f"--tensor-model-parallel-size {tp_size} does not divide this model's {self.num_query_groups} "
                 f"key-value heads{mlp}; allowed: {_divisors(divisible)}"
@@ -181,7 +216,7 @@ def _moe(config: PreTrainedConfig, family: Family) -> MoeShape | None:
         return None
     if moe.router_topk > moe.num_experts:
         refuse(config, f"num_experts_per_tok {moe.router_topk}, expected at most its {moe.num_experts} experts")
-    if moe.router_topk == 1 and not moe.router_pre_softmax:
+    if moe.router_topk == 1 and not moe.router_pre_softmax and not moe.sigmoid:
         refuse(config, "num_experts_per_tok 1 with normalized weights (norm_topk_prob), which are always 1")
     return moe
 

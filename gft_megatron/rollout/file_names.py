@@ -11,20 +11,23 @@ from transformers import PreTrainedModel
 
 # model type -> (what a layer calls its mixture, its gate, up and down projections) in the file
 _EXPERTS = {
+    "deepseek_v3": ("mlp", "gate_proj", "up_proj", "down_proj"),
     "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
     "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
 }
 
 
 def parameters_by_file_name(model: PreTrainedModel, *, remove_duplicate: bool = True) -> dict[str, Tensor]:
-    """Every parameter, or the part of one that a file has under a name of its own.
+    """Every parameter and stored buffer, or the part of one that a file has under a name of its own.
 
     Args:
         remove_duplicate: one name only of what is tied.
     """
     mixture, gate, up, down = _EXPERTS.get(model.config.model_type, ("mlp", "", "", ""))
     named: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=remove_duplicate):
+    stored = model.state_dict().keys()
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in stored)
+    for name, parameter in (*model.named_parameters(remove_duplicate=remove_duplicate), *buffers):
         layer, is_expert, kind = name.partition(".mlp.experts.")
         if not is_expert:
             named[name.replace(".mlp.gate.", f".{mixture}.gate.")] = parameter

@@ -14,13 +14,13 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 from megatron.core.optimizer import OptimizerConfig
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from gft_megatron.config import ModelConfig, ParallelConfig
-from gft_megatron.convert.families import MoeShape
+from gft_megatron.convert.families import MlaShape, MoeShape
 from gft_megatron.convert.model_shape import ModelShape
-from gft_megatron.training.moe import mend_moe_without_transformer_engine
+from gft_megatron.training.moe import mend_mla_without_transformer_engine, mend_moe_without_transformer_engine
 from gft_megatron.training.spec import block_spec
 
 _SECTIONS = {
@@ -108,21 +108,50 @@ def transformer_config(
         settings["window_size"] = (shape.sliding_window - 1, 0)  # tokens before and after one
     if shape.moe is not None:
         settings |= _moe_settings(shape.moe)
+    if shape.mla is not None:
+        settings |= _mla_settings(shape.mla, shape.rotary_base)
     try:
-        return TransformerConfig(**{**settings, **overrides})
+        return (MLATransformerConfig if shape.mla else TransformerConfig)(**{**settings, **overrides})
     except (ValueError, AssertionError, TypeError) as error:
         raise ValueError(f"Megatron's TransformerConfig refuses these settings: {error}") from error
 
 
-def _moe_settings(moe: MoeShape) -> dict[str, Any]:
+def _mla_settings(mla: MlaShape, rotary_base: float) -> dict[str, Any]:
+    yarn = dict(mla.yarn) if mla.yarn else {}
     return {
+        "multi_latent_attention": True,
+        "qk_layernorm": True,  # the norms of the latents
+        "q_lora_rank": mla.q_lora_rank or None,
+        "kv_lora_rank": mla.kv_lora_rank,
+        "qk_head_dim": mla.qk_head_dim,
+        "qk_pos_emb_head_dim": mla.qk_pos_emb_head_dim,
+        "v_head_dim": mla.v_head_dim,
+        "rope_type": "yarn" if yarn else "rope",
+        "rotary_base": rotary_base,
+        "rotary_scaling_factor": yarn.pop("factor", 1.0),  # read without YaRN too, for the scale of the scores
+        **yarn,
+    }
+
+
+def _moe_settings(moe: MoeShape) -> dict[str, Any]:
+    router: dict[str, Any] = {"moe_router_score_function": "softmax", "moe_router_pre_softmax": moe.router_pre_softmax}
+    if moe.sigmoid is not None:
+        router = {
+            "moe_router_score_function": "sigmoid",
+            "moe_router_num_groups": moe.sigmoid.num_groups,
+            "moe_router_group_topk": moe.sigmoid.group_topk,
+            "moe_router_topk_scaling_factor": moe.sigmoid.scaling_factor,
+            "moe_router_enable_expert_bias": True,
+            "moe_router_bias_update_rate": 0.0,  # stays as it was pretrained
+        }
+    return {
+        **router,
         "num_moe_experts": moe.num_experts,
         "moe_ffn_hidden_size": moe.ffn_hidden_size,
         # A list, even of equal layers, changes the names in a checkpoint (TransformerBlock.sharded_state_dict).
         "moe_layer_freq": 1 if all(moe.layers) else [int(has_experts) for has_experts in moe.layers],
         "moe_router_topk": moe.router_topk,
-        "moe_router_score_function": "softmax",
-        "moe_router_pre_softmax": moe.router_pre_softmax,
+        "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size or None,
         # Rounded to bfloat16, experts tie and a token goes to others than it was generated with.
         "moe_router_dtype": "fp32",
         # None, as in transformers; --megatron transformer.moe_aux_loss_coeff=0.001 turns it on.
@@ -172,6 +201,8 @@ def build_chunks(
     """
     if shape.moe is not None:
         mend_moe_without_transformer_engine()
+    if shape.mla is not None:
+        mend_mla_without_transformer_engine()
     num_chunks = config.virtual_pipeline_model_parallel_size
     chunks: list[torch.nn.Module] = []
     for index in range(num_chunks or 1):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_decoder_block_spec
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
@@ -27,6 +28,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -41,11 +43,21 @@ from torch import Tensor
 def block_spec(config: TransformerConfig, *, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Layers of this pipeline stage (or virtual stage) and the final norm."""
     if HAVE_TE:
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        if config.multi_latent_attention:
+            _divide_down_projections(block)
+        return block
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     layers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
     specs = [_layer_spec(config, has_experts=_has_experts(config, layer)) for layer in layers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
+
+
+def _divide_down_projections(block: TransformerBlockSubmodules) -> None:
+    """Transformer Engine's spec holds them whole on every tensor-parallel rank, the local one divides them."""
+    for layer in block.layer_specs:
+        attention = layer.submodules.self_attention.submodules
+        attention.linear_q_down_proj = attention.linear_kv_down_proj = TEColumnParallelLinear
 
 
 def _has_experts(config: TransformerConfig, layer: int) -> bool:
@@ -57,6 +69,7 @@ def _has_experts(config: TransformerConfig, layer: int) -> bool:
 
 def _layer_spec(config: TransformerConfig, *, has_experts: bool) -> ModuleSpec:
     head_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    self_attention = SelfAttention
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
         core_attention=SdpaAttention,
@@ -72,6 +85,24 @@ def _layer_spec(config: TransformerConfig, *, has_experts: bool) -> ModuleSpec:
         "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
         "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
     }
+    if config.multi_latent_attention:
+        self_attention = MLASelfAttention
+        attention = MLASelfAttentionSubmodules(
+            linear_q_proj=ColumnParallelLinear,
+            linear_q_down_proj=ColumnParallelLinear,
+            linear_q_up_proj=ColumnParallelLinear,
+            linear_kv_down_proj=ColumnParallelLinear,
+            linear_kv_up_proj=ColumnParallelLinear,
+            core_attention=SdpaAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=RMSNorm,
+            kv_layernorm=RMSNorm,
+        )
+        del checkpoint_names["input_layernorm."]
+        checkpoint_names |= {
+            "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+            "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+        }
     if has_experts:
         mlp = get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts, moe_grouped_gemm=False)
         del checkpoint_names["pre_mlp_layernorm."]
@@ -80,7 +111,7 @@ def _layer_spec(config: TransformerConfig, *, has_experts: bool) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
-                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+                module=self_attention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
@@ -119,6 +150,7 @@ class SdpaAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        **_: Any,
     ) -> None:
         super().__init__(config=config)
         if config.attention_dropout:
@@ -152,7 +184,8 @@ class SdpaAttention(MegatronModule):
         c, rank = self.cp_group.size(), self.cp_group.rank()
         if c > 1:
             gathered = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=self.cp_group)
-            key, value = gathered.unflatten(0, (c, -1)).chunk(2, dim=-1)  # [c, t, g, d]
+            # [c, t, g, d]; values of latent attention have a width of their own
+            key, value = gathered.unflatten(0, (c, -1)).split([key.shape[-1], value.shape[-1]], dim=-1)
         outputs = []
         for start, length, count in equal_runs(cu_seqlens):
             part = slice(start // c, (start + length * count) // c)

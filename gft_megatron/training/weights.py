@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
 from gft_megatron.convert.hf_folder import HfFolder
@@ -174,12 +175,20 @@ def _num_local_experts(num_experts: int) -> int:
     return num_experts // parallel_state.get_expert_model_parallel_world_size()
 
 
-def _global_parameters(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _expert_biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Not trained, but part of the model: buffers that a router keeps in float32 whatever the model is in."""
+    for name, module in model.named_modules():
+        if isinstance(module, TopKRouter) and module.expert_bias is not None:
+            module._maintain_float32_expert_bias()
+            yield f"{name}.expert_bias", module.expert_bias
+
+
+def _global_parameters(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters under the names they have in the whole model: a stage counts its layers from 0, a rank its experts."""
     model = unwrapped(chunk)
     rank = parallel_state.get_expert_model_parallel_rank()
     first_expert = rank * _num_local_experts(model.config.num_moe_experts or 0)
-    for name, parameter in model.named_parameters():
+    for name, parameter in (*model.named_parameters(), *_expert_biases(model)):
         layer, expert = LAYER_NUMBER.search(name), EXPERT_NUMBER.search(name)
         if expert is not None:
             name = EXPERT_NUMBER.sub(str(first_expert + int(expert.group())), name)

@@ -59,6 +59,7 @@ class Entry:
     """The parameter's names: with the local layer spec, then with Transformer Engine's where it differs."""
     layout: Layout
     parts: tuple[Part, ...]
+    """With a dimension of 0 in any, this model does not have the parameter."""
     layers: Layers = Layers.ALL
 
     @property
@@ -80,6 +81,37 @@ class MoeShape:
     """Their weights come from a softmax over all experts, and sum to less than 1; else from one over the chosen."""
     layers: tuple[bool, ...]
     """Which layers have experts; at least one has."""
+    sigmoid: MoeSigmoid | None = None
+    """A router of sigmoids with a bias for each expert; None: of a softmax without."""
+    shared_ffn_hidden_size: int = 0
+    """Of the expert that every token goes to; 0: there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeSigmoid:
+    """DeepSeek-V3's router."""
+
+    num_groups: int | None
+    """Groups that the experts are divided into, None: one."""
+    group_topk: int | None
+    """Groups that a token's experts are chosen from."""
+    scaling_factor: float
+    """Of the weights, which sum to 1 without it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlaShape:
+    """Multi-head latent attention, in the names of Megatron's MLATransformerConfig."""
+
+    q_lora_rank: int
+    """0: queries are not compressed."""
+    kv_lora_rank: int
+    qk_head_dim: int
+    """Width of a head's part that is not rotated."""
+    qk_pos_emb_head_dim: int
+    v_head_dim: int
+    yarn: tuple[tuple[str, float], ...] | None
+    """Settings of YaRN's rope; None: plain rope."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +128,8 @@ class Family:
     qk_layernorm: bool = False
     has_sliding_window: bool = False
     """Every layer attends to the last `sliding_window` tokens only, where the configuration has a number there."""
+    read_mla: Callable[[PreTrainedConfig], MlaShape] | None = None
+    """Reads latent attention from a configuration; raises ValueError as `refuse` does."""
     read_moe: Callable[[PreTrainedConfig], MoeShape | None] | None = None
     """Reads the experts from a configuration, None where no layer has any; raises ValueError as `refuse` does."""
 
@@ -107,6 +141,9 @@ def refuse(config: PreTrainedConfig, what: str) -> None:
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
+
+KEPT_IN_FLOAT32 = (".e_score_correction_bias",)
+"""How the tensors end that are stored in float32 whatever the model is in; transformers keeps them so."""
 
 _MEGATRON_LAYER = "decoder.layers.{i}."
 _HF_LAYER = "model.layers.{i}."
@@ -135,12 +172,15 @@ EMBEDDINGS_AND_FINAL_NORM = (
     whole_model(OUTPUT_LAYER, Layout.VOCAB, "lm_head.weight", "vocab_size", "hidden_size"),
 )
 
-NORMS = (
+INPUT_NORM = (
     in_layer(
         ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
         Layout.REPLICATED,
         ("input_layernorm.weight", "hidden_size"),
     ),
+)
+
+PRE_MLP_NORMS = (
     in_layer(
         ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
         Layout.REPLICATED,
@@ -217,5 +257,5 @@ def swiglu_experts(router: str, gate: str, up: str, down: str) -> tuple[Entry, .
     )
 
 
-DECODER = (*EMBEDDINGS_AND_FINAL_NORM, *NORMS, *ATTENTION)
+DECODER = (*EMBEDDINGS_AND_FINAL_NORM, *INPUT_NORM, *PRE_MLP_NORMS, *ATTENTION)
 """Everything of a Llama but the MLP."""
