@@ -35,6 +35,13 @@ _SIZES = (
     "num_experts_per_tok",
     "moe_intermediate_size",
     "decoder_sparse_step",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "n_group",
+    "topk_group",
 )
 
 
@@ -167,7 +174,6 @@ class ModelShape:
         """
         has_mlp = self.moe is None or not all(self.moe.layers)
         sizes = {"MLP width": self.ffn_hidden_size if has_mlp else 0, "shared expert": self.shared_ffn_hidden_size}
-        sizes |= {"query latent": self.q_lora_rank, "key-value latent": self.kv_latent_size}
         divisible = math.gcd(self.num_query_groups, *sizes.values())
         if tp_size < 1 or divisible % tp_size:
             mlp = "".join(f" and {name} {size}" for name, size in sizes.items() if size)

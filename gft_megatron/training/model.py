@@ -21,7 +21,7 @@ from gft_megatron.config import ModelConfig, ParallelConfig
 from gft_megatron.convert.families import MlaShape, MoeShape
 from gft_megatron.convert.model_shape import ModelShape
 from gft_megatron.training.moe import mend_mla_without_transformer_engine, mend_moe_without_transformer_engine
-from gft_megatron.training.spec import block_spec
+from gft_megatron.training.spec import WholeLinear, block_spec
 
 _SECTIONS = {
     "transformer": TransformerConfig,
@@ -172,10 +172,11 @@ def require_divisible(shape: ModelShape, parallel: ParallelConfig) -> None:
     shape.check_tensor_parallel_size(parallel.tensor_model_parallel_size)
     shape.check_expert_parallel_size(parallel.expert_model_parallel_size)
     shape.check_expert_tensor_parallel_size(parallel.expert_tensor_parallel_size)
-    if shape.moe is not None and parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+    if (shape.moe or shape.mla) and parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
         raise ValueError(
-            f"a model with experts under --tensor-model-parallel-size {parallel.tensor_model_parallel_size} needs "
-            f"--sequence-parallel: without it Megatron would send every token to its experts once for each rank"
+            f"a model with experts or latent attention under --tensor-model-parallel-size "
+            f"{parallel.tensor_model_parallel_size} needs --sequence-parallel: without it Megatron sends every token "
+            f"to its experts once for each rank, and sums gradients wrong"
         )
     stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
     if shape.num_layers % stages:
@@ -202,7 +203,7 @@ def build_chunks(
     if shape.moe is not None:
         mend_moe_without_transformer_engine()
     if shape.mla is not None:
-        mend_mla_without_transformer_engine()
+        mend_mla_without_transformer_engine(WholeLinear)
     num_chunks = config.virtual_pipeline_model_parallel_size
     chunks: list[torch.nn.Module] = []
     for index in range(num_chunks or 1):

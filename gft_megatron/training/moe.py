@@ -24,11 +24,16 @@ def mend_moe_without_transformer_engine() -> None:
         token_dispatcher.maybe_move_tensor_to_cpu = _on_the_cpu_already
 
 
-def mend_mla_without_transformer_engine() -> None:
-    """Idempotent."""
+def mend_mla_without_transformer_engine(linear: type) -> None:
+    """Idempotent.
+
+    Args:
+        linear: to be accepted for the projections to latents.
+    """
     # multi_latent_attention.py (:185) takes its classes for there, because the file that has none of them imports.
     if not isinstance(multi_latent_attention.TELinear, type):
         multi_latent_attention.HAVE_TE = False
+        multi_latent_attention.Linear = linear  # otherwise ModelOpt's, which imports with Transformer Engine only
 
 
 def _on_the_cpu_already(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

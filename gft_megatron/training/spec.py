@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_decoder_block_spec
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
@@ -43,21 +42,11 @@ from torch import Tensor
 def block_spec(config: TransformerConfig, *, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Layers of this pipeline stage (or virtual stage) and the final norm."""
     if HAVE_TE:
-        block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-        if config.multi_latent_attention:
-            _divide_down_projections(block)
-        return block
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     layers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
     specs = [_layer_spec(config, has_experts=_has_experts(config, layer)) for layer in layers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
-
-
-def _divide_down_projections(block: TransformerBlockSubmodules) -> None:
-    """Transformer Engine's spec holds them whole on every tensor-parallel rank, the local one divides them."""
-    for layer in block.layer_specs:
-        attention = layer.submodules.self_attention.submodules
-        attention.linear_q_down_proj = attention.linear_kv_down_proj = TEColumnParallelLinear
 
 
 def _has_experts(config: TransformerConfig, layer: int) -> bool:
@@ -89,9 +78,9 @@ def _layer_spec(config: TransformerConfig, *, has_experts: bool) -> ModuleSpec:
         self_attention = MLASelfAttention
         attention = MLASelfAttentionSubmodules(
             linear_q_proj=ColumnParallelLinear,
-            linear_q_down_proj=ColumnParallelLinear,
+            linear_q_down_proj=WholeLinear,
             linear_q_up_proj=ColumnParallelLinear,
-            linear_kv_down_proj=ColumnParallelLinear,
+            linear_kv_down_proj=WholeLinear,
             linear_kv_up_proj=ColumnParallelLinear,
             core_attention=SdpaAttention,
             linear_proj=RowParallelLinear,
@@ -129,6 +118,24 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
         self.weight.sequence_parallel = config.sequence_parallel
+
+
+class WholeLinear(torch.nn.Linear):
+    """Every tensor-parallel rank holds all of it and applies it to its own tokens, as Transformer Engine's does in
+    latent attention. Divided over the ranks instead (ColumnParallelLinear, as megatron-core's local spec has it), the
+    gradient of the keys' rotated part, which all heads share, would be that of one rank's heads."""
+
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, init_method: Any, **_: Any
+    ) -> None:
+        super().__init__(
+            input_size, output_size, bias=False, dtype=config.params_dtype, device=torch.cuda.current_device()
+        )
+        init_method(self.weight)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return super().forward(x), None
 
 
 class SdpaAttention(MegatronModule):

@@ -37,6 +37,7 @@ from megatron.core.num_microbatches_calculator import init_num_microbatches_calc
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region as upstream_gather
 
 from gft_megatron.config import ModelConfig, OptimizerSettings, ParallelConfig
+from gft_megatron.convert.families.tables import KEPT_IN_FLOAT32
 from gft_megatron.convert.hf_folder import HfFolder
 from gft_megatron.losses import LOSSES
 from gft_megatron.ops.linear import _spread as upstream_spread
@@ -172,7 +173,11 @@ def whole_gradients(wrapped: list, folder: HfFolder) -> dict[str, torch.Tensor]:
         for parameter in chunk.parameters():
             weights.append((parameter, parameter.data.clone()))
             parameter.data.copy_(parameter.main_grad)
-    gradients = {name: tensor.clone() for name, tensor in export_hf_tensors(wrapped, folder.shape)}
+    gradients = {
+        name: tensor.clone()
+        for name, tensor in export_hf_tensors(wrapped, folder.shape)
+        if not name.endswith(KEPT_IN_FLOAT32)  # biases of experts, which are not trained
+    }
     for parameter, weight in weights:
         parameter.data.copy_(weight)
     for chunk in wrapped:

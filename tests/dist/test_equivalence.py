@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import QWEN3_MOE, SIZES, save_model
+from hf_models import DEEPSEEK_V3, QWEN3_MOE, SIZES, YARN, save_model
 from ragged_batch import ragged_groups
 from torchrun import torchrun
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 WORKER = Path(__file__).with_name("equivalence_worker.py")
@@ -30,6 +30,7 @@ LAYOUTS = {
     # With tp2sp each rank holds every expert whole and sends it its own half of the tokens.
     "mixtral": ["one", "tp2sp", "etp2tp2sp", "ep2", "ep2distopt+resumed", "ep2tp2sp"],
     "qwen3-moe": ["one", "ep2overlap", "ep2cp2+fused", "ep2pp2+resumed"],
+    "deepseek-v3": ["one", "ep2tp2sp+resumed", "ep2cp2", "ep2pp2"],
 }  # fmt: skip
 CASES = [(family, name) for family, names in LAYOUTS.items() for name in names if name != "one"]
 BROKEN = ["dp2+per-micro-batch", "cp2+no-gradient-sum", "tp2+fused+no-hidden-sum"]
@@ -43,6 +44,8 @@ FAMILIES = {
     "qwen3": lambda: Qwen3Config(head_dim=16, tie_word_embeddings=False, **MODEL),
     "mixtral": lambda: MixtralConfig(num_local_experts=4, tie_word_embeddings=False, **MODEL),
     # experts in every second layer, weights of a token's experts that do not sum to 1
+    # latent attention and a sigmoid router with a bias; dense first layer
+    "deepseek-v3": lambda: DeepseekV3Config(q_lora_rank=16, rope_parameters=YARN, **{**DEEPSEEK_V3, **MODEL, "num_key_value_heads": 8}),
     "qwen3-moe": lambda: Qwen3MoeConfig(decoder_sparse_step=2, tie_word_embeddings=True, **QWEN3_MOE, **MODEL),
 }
 TAU = 0.05  # as in the worker
@@ -125,7 +128,8 @@ def float64_token_losses(model, token_loss):
 
 @pytest.mark.parametrize(
     ("family", "layouts"),
-    [("qwen2", ["one", "tp2", "tp2pp2sp"]), ("mixtral", ["one", "ep2"]), ("qwen3-moe", ["one", "ep2overlap"])],
+    [("qwen2", ["one", "tp2", "tp2pp2sp"]), ("mixtral", ["one", "ep2"]), ("qwen3-moe", ["one", "ep2overlap"]),
+        ("deepseek-v3", ["one"]),],
 )
 def test_gft_equals_float64(results, models, family, layouts):
     def gft(log_probs, advantage):

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import CONFIGS, CONFIGS_WITH_EXPERTS, LLAMA3_ROPE, QWEN3_MOE, SIZES
+from hf_models import CONFIGS, CONFIGS_WITH_EXPERTS, DEEPSEEK_V3, LLAMA3_ROPE, QWEN3_MOE, SIZES, YARN
 from transformers import (
+    DeepseekV3Config,
+    Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     LlamaConfig,
@@ -95,9 +97,20 @@ def rope(**changes: Any) -> dict[str, Any]:
         (MixtralConfig, {"num_experts_per_tok": 1}, "num_experts_per_tok 1 "),
         (MistralConfig, {"sliding_window": 0}, "sliding_window 0"),
         (MistralConfig, {"layer_types": ["sliding_attention"] * 3}, "layer_types"),
-        (Qwen2MoeConfig, {}, "'qwen2_moe'"),
-        (Gemma3TextConfig, {}, "'gemma3_text'"),
-        (GemmaConfig, {}, "Qwen3MoeForCausalLM"),  # the message lists what is known
+        (DeepseekV3Config, {**DEEPSEEK_V3, "num_mtp_layers": 1}, "num_nextn_predict_layers 1"),
+        (DeepseekV3Config, {**DEEPSEEK_V3, "num_experts_per_tok": 3}, "num_experts_per_tok 3, .* topk_group 2"),
+        (DeepseekV3Config, {**DEEPSEEK_V3, "norm_topk_prob": False}, "norm_topk_prob"),
+        (DeepseekV3Config, {**DEEPSEEK_V3, "topk_group": None}, "topk_group is null"),
+        (DeepseekV3Config, {**DEEPSEEK_V3, "kv_lora_rank": 0}, "kv_lora_rank 0"),
+        (DeepseekV3Config, {**DEEPSEEK_V3, "rope_interleave": False}, "rope_interleave"),
+        (DeepseekV3Config, {**DEEPSEEK_V3, "rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05"),
+        (DeepseekV3Config, {**DEEPSEEK_V3, "num_key_value_heads": 4}, "num_key_value_heads 4, expected 8"),
+        (DeepseekV3Config, {**DEEPSEEK_V3, "rope_parameters": {**YARN, "attention_factor": 2.0}}, "attention_factor"),
+        (DeepseekV3Config, {**DEEPSEEK_V3, **rope()}, "'llama3'"),
+        (GemmaConfig, {}, "'gemma': .* root of the width"),
+        (Gemma2Config, {}, "'gemma2': .*softcapping"),
+        (Gemma3TextConfig, {}, "'gemma3_text': .*two rope bases"),
+        (Qwen2MoeConfig, {}, "Qwen3MoeForCausalLM"),  # the message lists what is known
     ],
 )
 def test_refusals(config_class: type, changes: dict[str, Any], message: str) -> None:

@@ -79,8 +79,11 @@ def test_every_expert_comes_back(tmp_path: Path, model: str, kind: str) -> None:
         names = [norm, "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"]
         if has_experts:
             linears = ("linear_fc1", "linear_fc2")
-            experts = [EXPERTS[kind].format(e=e, linear=linear) for e in range(4) for linear in linears]
+            every = range(folder.shape.num_moe_experts)
+            experts = [EXPERTS[kind].format(e=e, linear=linear) for e in every for linear in linears]
             names = [norm, "mlp.router.weight", *experts]
+            if folder.shape.moe.sigmoid:
+                names += ["mlp.router.expert_bias", *(f"mlp.shared_experts.{linear}.weight" for linear in linears)]
         for name in (f"decoder.layers.{layer}.{name}" for name in names):
             spec = tensor_spec(folder.shape, name)
             assert spec.is_expert == (".experts." in name)

@@ -35,7 +35,7 @@ __all__ = [
     "family_of",
 ]
 
-FAMILIES = (DEEPSEEK_V3, LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE)
+FAMILIES = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, DEEPSEEK_V3)
 
 # What megatron-core 0.16.1 to 0.19.2 has no option for.
 _NOT_COMPUTED = {

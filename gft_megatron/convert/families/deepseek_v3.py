@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 _YARN = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
 
 
+_MAY_BE_NULL = ("v_head_dim", "n_group", "topk_group", "num_experts_per_tok", "first_k_dense_replace")
+
+
 def _read_mla(config: PreTrainedConfig) -> MlaShape:
+    for name in _MAY_BE_NULL:
+        if getattr(config, name) is None:
+            refuse(config, f"{name} is null, expected a number")
     if config.rms_norm_eps != 1e-6:  # transformers takes it for the norms of the layers, not for those of the latents
         refuse(config, f"rms_norm_eps {config.rms_norm_eps}, expected 1e-06, which the norms of its latents have")
     if not config.rope_interleave:
@@ -87,7 +93,7 @@ _LATENT_ATTENTION = (
     ),
     in_layer(
         "self_attention.linear_q_down_proj.weight",
-        Layout.COLUMN,
+        Layout.REPLICATED,
         ("self_attn.q_a_proj.weight", "q_lora_rank", "hidden_size"),
     ),
     in_layer(
@@ -102,7 +108,7 @@ _LATENT_ATTENTION = (
     ),
     in_layer(
         "self_attention.linear_kv_down_proj.weight",
-        Layout.COLUMN,
+        Layout.REPLICATED,
         ("self_attn.kv_a_proj_with_mqa.weight", "kv_latent_size", "hidden_size"),
     ),
     in_layer(
