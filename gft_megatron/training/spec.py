@@ -84,7 +84,7 @@ def _layer_spec(config: TransformerConfig, *, has_experts: bool) -> ModuleSpec:
             linear_kv_up_proj=ColumnParallelLinear,
             core_attention=SdpaAttention,
             linear_proj=RowParallelLinear,
-            q_layernorm=RMSNorm,
+            q_layernorm=RMSNorm if config.q_lora_rank else IdentityOp,
             kv_layernorm=RMSNorm,
         )
         del checkpoint_names["input_layernorm."]
@@ -177,10 +177,10 @@ class SdpaAttention(MegatronModule):
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
-    ) -> Tensor:  # packed [t, 1, h*d], else [s, b, h*d]
+    ) -> Tensor:  # packed [t, h*d], else [s, b, h*d]
         if packed_seq_params is not None:
             context = self._attend(query, key, value, packed_seq_params.cu_seqlens_q.tolist())
-            return context.flatten(1).unsqueeze(1)
+            return context.flatten(1)
         seq_length, batch_size = query.shape[:2]
         full_length = seq_length * self.cp_group.size()
         packed = [x.transpose(0, 1).flatten(0, 1) for x in (query, key, value)]  # [b*s, ., d]

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 WORKER = Path(__file__).with_name("convert_logits_worker.py")
 LAYOUTS = ["1x1", "2x1", "4x1", "1x2", "2x2"]  # TP x PP
-LAYOUTS_OF_EXPERTS = ["1x1x1", "1x1x2", "2x1x2", "1x2x2", "2x2x2", "2x1x1x2"]  # TP x PP x EP (x ETP)
+LAYOUTS_OF_EXPERTS = ["1x1x1", "1x1x2", "1x2x2", "2x2x2", "2x1x1x2"]  # TP x PP x EP (x ETP)
 NUM_LAYERS = 4
 # Wide weights and long sequences: attention that depends on its positions, so that a wrong rope is seen.
 INITIALIZER_RANGE = 0.15
