@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,6 +119,11 @@ def transformer_config(
 
 
 def _mla_settings(mla: MlaShape, rotary_base: float) -> dict[str, Any]:
+    if not mla.q_lora_rank and importlib.util.find_spec("megatron.core.transformer.mla_qk_norm_config"):
+        raise ValueError(
+            f"q_lora_rank is null: megatron-core {importlib.metadata.version('megatron-core')} would norm what queries "
+            f"are projected from a second time; use megatron-core 0.16.1"
+        )
     yarn = dict(mla.yarn) if mla.yarn else {}
     return {
         "multi_latent_attention": True,

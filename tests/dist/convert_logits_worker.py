@@ -9,7 +9,10 @@ A layout is TPxPP for the models without experts, TPxPPxEP or TPxPPxEPxETP for t
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
+
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # Inductor takes minutes for the routers of all these models
 
 import torch
 import torch.distributed as dist

@@ -6,6 +6,7 @@ transformers computes the reference in float64, Megatron in float32. Not covered
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,10 @@ from transformers import AutoModelForCausalLM
 WORKER = Path(__file__).with_name("convert_logits_worker.py")
 LAYOUTS = ["1x1", "2x1", "4x1", "1x2", "2x2"]  # TP x PP
 LAYOUTS_OF_EXPERTS = ["1x1x1", "1x1x2", "1x2x2", "2x2x2", "2x1x1x2"]  # TP x PP x EP (x ETP)
+if find_spec("megatron.core.transformer.mla_qk_norm_config"):  # megatron-core 0.19: refused, see training/model.py
+    CONFIGS_WITH_EXPERTS = {
+        name: config for name, config in CONFIGS_WITH_EXPERTS.items() if name != "deepseek-v3-uncompressed"
+    }
 NUM_LAYERS = 4
 # Wide weights and long sequences: attention that depends on its positions, so that a wrong rope is seen.
 INITIALIZER_RANGE = 0.15
