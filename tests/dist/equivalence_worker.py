@@ -85,7 +85,8 @@ def num_ranks(layout: str) -> int:
     model_ranks = (
         parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
     )
-    return 1 if layout == "one" else max(2, model_ranks, 2 * parallel.pipeline_model_parallel_size)
+    expert_ranks = parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
+    return 1 if layout == "one" else max(2, model_ranks, expert_ranks)
 
 
 def run_job(job: str, root: Path, out: Path) -> dict:
