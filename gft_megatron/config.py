@@ -66,6 +66,10 @@ class ParallelConfig:
     """Model chunks on each pipeline stage (interleaved schedule)."""
     context_parallel_size: int = 1
     """Ranks that share each sequence."""
+    expert_model_parallel_size: int = 1
+    """Ranks that the experts of a layer are divided over; data-parallel ranks otherwise."""
+    expert_tensor_parallel_size: int = 1
+    """Ranks that share each expert."""
     sequence_parallel: bool = False
     """Split activations outside the attention and MLP over the tensor-parallel ranks."""
     use_distributed_optimizer: bool = False

@@ -168,7 +168,10 @@ def _try_hyper_parameters(config: RunConfig) -> None:
 def _require_sizes(config: RunConfig) -> None:
     at_least_one = {
         config.model: ("make_vocab_size_divisible_by",),
-        config.parallel: ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+        config.parallel: (
+            "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+            "expert_model_parallel_size", "expert_tensor_parallel_size",
+        ),
         config.data: ("seq_length",),
         config.rollout: (
             "rollout_batch_size", "rollout_max_response_len", "max_concurrent_samples", "refill_budget",

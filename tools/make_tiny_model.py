@@ -34,8 +34,10 @@ class TinyModel:
 
     output: Path
     """Folder to write."""
-    family: Literal["qwen2", "qwen3", "llama"] = "qwen2"
+    family: Literal["qwen2", "qwen3", "llama", "mixtral"] = "qwen2"
     """Architecture."""
+    num_experts: int = 4
+    """Experts in each layer (mixtral)."""
     hidden_size: int = 96
     """Width."""
     num_layers: int = 3
@@ -96,6 +98,7 @@ def write_tiny_model(settings: TinyModel) -> None:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **({"num_local_experts": settings.num_experts} if settings.family == "mixtral" else {}),
     )
     disable_progress_bar()
     set_seed(settings.seed)

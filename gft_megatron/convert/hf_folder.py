@@ -53,12 +53,19 @@ class HfFolder:
     def load_shard(self, name: str, *, tp_rank: int, tp_size: int, padded_vocab_size: int) -> Tensor:
         """One rank's shard of the Megatron parameter `name` (layer counted over the whole model), in the stored dtype.
 
+        Args:
+            tp_rank, tp_size: of the expert-tensor-parallel ranks where the parameter is an expert's.
+
         Raises:
             ValueError: as `check_weights`; a name without a table entry; a tensor-parallel size that does not divide.
         """
-        self.shape.check_tensor_parallel_size(tp_size)
+        spec = tensor_spec(self.shape, name)
+        if spec.is_expert:
+            self.shape.check_expert_tensor_parallel_size(tp_size)
+        else:
+            self.shape.check_tensor_parallel_size(tp_size)
         parts = [self._files[hf_name].get_slice(hf_name) for hf_name in hf_names_of(self.shape, name)]
-        return shard(parts, tensor_spec(self.shape, name), tp_rank, tp_size, padded_vocab_size)
+        return shard(parts, spec, tp_rank, tp_size, padded_vocab_size)
 
     def tensor(self, hf_name: str) -> Tensor:
         """One whole tensor under its Hugging Face name, in the stored dtype.

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gft_megatron.convert.families.tables import KEPT_IN_FLOAT32
 from gft_megatron.convert.hf_folder import HfFolder
 from gft_megatron.convert.weight_files import INDEX_FILE, SINGLE_FILE, read_json
 from gft_megatron.durable import sync
@@ -119,7 +120,8 @@ class HfFolderWriter:
         if self._held and self._held_bytes + size > self._max_shard_bytes:
             self._write_shard()
         # A copy even where nothing changes: the tensor may be a live weight, or a view that shares its memory.
-        self._held[name] = tensor.detach().to("cpu", self._dtype, copy=True, memory_format=torch.contiguous_format)
+        dtype = torch.float32 if name.endswith(KEPT_IN_FLOAT32) else self._dtype
+        self._held[name] = tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
         self._held_bytes += size
 
     def publish(self) -> None:

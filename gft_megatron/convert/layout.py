@@ -32,6 +32,8 @@ class TensorSpec:
     """Shapes of the Hugging Face tensors it is made of."""
     num_query_groups: int
     """Runs of rows [queries, key, value] in a QKV parameter; other layouts do not read it."""
+    is_expert: bool = False
+    """The tensor-parallel ranks that share it are the expert-tensor-parallel ones."""
 
     @property
     def is_sharded(self) -> bool:

@@ -1,7 +1,7 @@
 """Names and layouts of one model: from a Megatron parameter's name to its Hugging Face tensors and back.
 
-A name is that of a parameter of GPTModel with the layer counted over the whole model: a pipeline stage counts its
-layers from 0, and its caller adds the offset.
+A name is that of a parameter of GPTModel with the layer counted over the whole model, and the expert over its layer: a
+pipeline stage counts its layers from 0, an expert-parallel rank its experts, and their caller adds the offsets.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from gft_megatron.convert.families import EMBEDDING, FAMILIES, OUTPUT_LAYER, Entry
+from gft_megatron.convert.families import EMBEDDING, FAMILIES, OUTPUT_LAYER, Entry, Layers
 from gft_megatron.convert.layout import TensorSpec, merge
 from gft_megatron.convert.model_shape import ModelShape
 
-_LAYER_NUMBER = re.compile(r"(?<=^decoder\.layers\.)\d+(?=\.)")
+LAYER_NUMBER = re.compile(r"(?<=^decoder\.layers\.)\d+(?=\.)")
+EXPERT_NUMBER = re.compile(r"(?<=\.local_experts\.)\d+(?=\.)|(?<=\.experts\.linear_fc[12]\.weight)\d+$")
+"""In the name of a parameter; megatron-core's SequentialMLP has the first form, its TEGroupedMLP the second."""
 
 
 def hf_names_of(shape: ModelShape, name: str) -> tuple[str, ...]:
@@ -27,8 +29,8 @@ def hf_names_of(shape: ModelShape, name: str) -> tuple[str, ...]:
     Raises:
         ValueError: no table has a parameter of this name.
     """
-    entry, layer = _find(shape, name)
-    return tuple(part.name.format(i=layer) for part in entry.parts)
+    entry, layer, expert = _find(shape, name)
+    return tuple(part.name.format(i=layer, e=expert) for part in entry.parts)
 
 
 def tensor_spec(shape: ModelShape, name: str) -> TensorSpec:
@@ -37,7 +39,7 @@ def tensor_spec(shape: ModelShape, name: str) -> TensorSpec:
     Raises:
         ValueError: no table has a parameter of this name.
     """
-    entry, _ = _find(shape, name)
+    entry, _, _ = _find(shape, name)
     return _spec(shape, entry)
 
 
@@ -66,31 +68,49 @@ def merge_to_hf(shape: ModelShape, name: str, shards: Sequence[Tensor]) -> Itera
 def expected_hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in this model's Hugging Face folder."""
     return {
-        part.name.format(i=layer): sizes
-        for entry in dict.fromkeys(_entries(shape).values())
-        for layer in (range(shape.num_layers) if "{i}" in entry.names[0] else (None,))
+        part.name.format(i=layer, e=expert): sizes
+        for layers in Layers
+        for entry in dict.fromkeys(_entries(shape, layers).values())
+        if entry.layers is layers
         for part, sizes in zip(entry.parts, _spec(shape, entry).part_shapes, strict=True)
+        for layer in (_layers(shape, layers) if "{i}" in entry.names[0] else (None,))
+        for expert in (range(shape.num_moe_experts) if entry.is_expert else (None,))
     }
 
 
+def _layers(shape: ModelShape, layers: Layers) -> Iterator[int]:
+    return (i for i in range(shape.num_layers) if layers in (Layers.ALL, shape.layers_like(i)))
+
+
 @functools.cache
-def _entries(shape: ModelShape) -> dict[str, Entry]:
+def _entries(shape: ModelShape, layers: Layers) -> dict[str, Entry]:
+    """Entries of the parameters that layers of this kind have, and of those that belong to no layer."""
     (family,) = [family for family in FAMILIES if family.model_type == shape.model_type]
-    entries = {name: entry for entry in family.entries for name in entry.names}
+    entries = {
+        name: entry
+        for entry in family.entries
+        if entry.layers in (Layers.ALL, layers)
+        and all(getattr(shape, dim) for part in entry.parts for dim in part.dims)
+        for name in entry.names
+    }
     if shape.tie_word_embeddings:
         output_layer, embedding = entries[OUTPUT_LAYER], entries[EMBEDDING]
         entries[OUTPUT_LAYER] = Entry(output_layer.names, output_layer.layout, embedding.parts)
     return entries
 
 
-def _find(shape: ModelShape, name: str) -> tuple[Entry, int | None]:
-    match = _LAYER_NUMBER.search(name)
-    entry = _entries(shape).get(_LAYER_NUMBER.sub("{i}", name))
+def _find(shape: ModelShape, name: str) -> tuple[Entry, int | None, int | None]:
+    """The entry, the layer's number and the expert's."""
+    layer_match, expert_match = LAYER_NUMBER.search(name), EXPERT_NUMBER.search(name)
+    layer = int(layer_match.group()) if layer_match else None
+    expert = int(expert_match.group()) if expert_match else None
+    assert layer is None or layer < shape.num_layers, f"{name}: the model has {shape.num_layers} layers"
+    assert expert is None or expert < shape.num_moe_experts, f"{name}: a layer has {shape.num_moe_experts} experts"
+    layers = Layers.ALL if layer is None else shape.layers_like(layer)
+    entry = _entries(shape, layers).get(EXPERT_NUMBER.sub("{e}", LAYER_NUMBER.sub("{i}", name)))
     if entry is None:
         raise ValueError(f"the model has a parameter {name!r} that a {shape.model_type} checkpoint has no tensor for")
-    layer = int(match.group()) if match else None
-    assert layer is None or layer < shape.num_layers, f"{name}: the model has {shape.num_layers} layers"
-    return entry, layer
+    return entry, layer, expert
 
 
 def _spec(shape: ModelShape, entry: Entry) -> TensorSpec:
@@ -98,4 +118,5 @@ def _spec(shape: ModelShape, entry: Entry) -> TensorSpec:
         entry.layout,
         tuple(tuple(getattr(shape, dim) for dim in part.dims) for part in entry.parts),
         shape.num_query_groups,
+        entry.is_expert,
     )

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gft_megatron.convert.families import family_of
+from gft_megatron.convert.families import Family, Layers, MlaShape, MoeShape, family_of
+from gft_megatron.convert.families.tables import refuse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -29,6 +30,18 @@ _SIZES = (
     "head_dim",
     "vocab_size",
     "max_position_embeddings",
+    "sliding_window",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "decoder_sparse_step",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "n_group",
+    "topk_group",
 )
 
 
@@ -37,7 +50,7 @@ class ModelShape:
     """Sizes and switches of a decoder, in the names of Megatron's TransformerConfig and GPTModel."""
 
     model_type: str
-    """Picks the family, see families.py."""
+    """Picks the family, see families/."""
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -59,6 +72,12 @@ class ModelShape:
     tie_word_embeddings: bool
     dtype: torch.dtype
     """Of the stored weights, as the configuration has it; float32 where it does not say."""
+    sliding_window: int | None = None
+    """Tokens that a token attends to, itself included; None: all before it."""
+    moe: MoeShape | None = None
+    """None: no layer has experts."""
+    mla: MlaShape | None = None
+    """None: keys and values are projected as they are."""
 
     @property
     def query_size(self) -> int:
@@ -66,7 +85,46 @@ class ModelShape:
 
     @property
     def key_value_size(self) -> int:
+        """Of the keys, and of the values; of latent attention, keys and values together, without the rotated part."""
+        if self.mla:
+            return self.num_attention_heads * (self.mla.qk_head_dim + self.mla.v_head_dim)
         return self.num_query_groups * self.kv_channels
+
+    @property
+    def q_lora_rank(self) -> int:
+        return self.mla.q_lora_rank if self.mla else 0
+
+    @property
+    def uncompressed_query_size(self) -> int:
+        return 0 if self.q_lora_rank else self.query_size
+
+    @property
+    def kv_lora_rank(self) -> int:
+        return self.mla.kv_lora_rank if self.mla else 0
+
+    @property
+    def kv_latent_size(self) -> int:
+        return self.mla.kv_lora_rank + self.mla.qk_pos_emb_head_dim if self.mla else 0
+
+    @property
+    def context_size(self) -> int:
+        return self.num_attention_heads * (self.mla.v_head_dim if self.mla else self.kv_channels)
+
+    @property
+    def shared_ffn_hidden_size(self) -> int:
+        return self.moe.shared_ffn_hidden_size if self.moe else 0
+
+    @property
+    def num_moe_experts(self) -> int:
+        return self.moe.num_experts if self.moe else 0
+
+    @property
+    def moe_ffn_hidden_size(self) -> int:
+        return self.moe.ffn_hidden_size if self.moe else 0
+
+    def layers_like(self, layer: int) -> Layers:
+        """The kind of layer number `layer`."""
+        return Layers.MOE if self.moe and self.moe.layers[layer] else Layers.DENSE
 
     @staticmethod
     def from_hf(config: PreTrainedConfig) -> ModelShape:
@@ -78,7 +136,10 @@ class ModelShape:
         family = family_of(config.model_type, config.architectures)
         _refuse_what_megatron_would_compute_wrong(config)
         head_dim = getattr(config, "head_dim", None)
-        rotary_base, rope_scaling_factor = _rope(config)
+        mla = family.read_mla(config) if family.read_mla else None
+        if mla is not None:
+            head_dim = mla.qk_head_dim + mla.qk_pos_emb_head_dim
+        rotary_base, rope_scaling_factor = (config.rope_parameters["rope_theta"], None) if mla else _rope(config)
         return ModelShape(
             model_type=family.model_type,
             num_layers=config.num_hidden_layers,
@@ -97,50 +158,99 @@ class ModelShape:
             rope_scaling_factor=rope_scaling_factor,
             tie_word_embeddings=config.tie_word_embeddings,
             dtype=config.dtype or torch.float32,
+            sliding_window=_sliding_window(config, family),
+            moe=_moe(config, family),
+            mla=mla,
         )
 
     def check_tensor_parallel_size(self, tp_size: int) -> None:
         """Refuse a tensor-parallel size that would cut a key-value head or leave ranks unequal.
 
-        Query heads are a multiple of the key-value heads, and vocabulary rows are padded: neither needs a check.
+        Query heads are a multiple of the key-value heads, and vocabulary rows are padded: neither needs a check. Nor do
+        experts, see `check_expert_tensor_parallel_size`.
 
         Raises:
             ValueError: names the flag and the sizes that this model allows.
         """
-        divisible = math.gcd(self.num_query_groups, self.ffn_hidden_size)
+        has_mlp = self.moe is None or not all(self.moe.layers)
+        sizes = {"MLP width": self.ffn_hidden_size if has_mlp else 0, "shared expert": self.shared_ffn_hidden_size}
+        divisible = math.gcd(self.num_query_groups, *sizes.values())
         if tp_size < 1 or divisible % tp_size:
-            allowed = [size for size in range(1, divisible + 1) if divisible % size == 0]
+            mlp = "".join(f" and {name} {size}" for name, size in sizes.items() if size)
             raise ValueError(
                 f"--tensor-model-parallel-size {tp_size} does not divide this model's {self.num_query_groups} "
-                f"key-value heads and MLP width {self.ffn_hidden_size}; allowed: {allowed}"
+                f"key-value heads{mlp}; allowed: {_divisors(divisible)}"
+            )
+
+    def check_expert_parallel_size(self, ep_size: int) -> None:
+        """Refuse an expert-parallel size that would leave ranks with unequal numbers of experts.
+
+        Raises:
+            ValueError: names the flag and the sizes that this model allows.
+        """
+        self._check_experts("--expert-model-parallel-size", ep_size, self.num_moe_experts, "experts")
+
+    def check_expert_tensor_parallel_size(self, etp_size: int) -> None:
+        """Refuse a size that would divide an expert into unequal shares.
+
+        Raises:
+            ValueError: names the flag and the sizes that this model allows.
+        """
+        self._check_experts("--expert-tensor-parallel-size", etp_size, self.moe_ffn_hidden_size, "expert width")
+
+    def _check_experts(self, flag: str, size: int, divisible: int, what: str) -> None:
+        if not self.moe and size != 1:
+            raise ValueError(f"{flag} {size}: this {self.model_type} model has no experts; leave it at 1")
+        if self.moe and (size < 1 or divisible % size):
+            raise ValueError(
+                f"{flag} {size} does not divide this model's {what} {divisible}; allowed: {_divisors(divisible)}"
             )
 
 
-def _refuse_what_megatron_would_compute_wrong(config: PreTrainedConfig) -> None:
-    def refuse(what: str) -> None:
-        raise ValueError(f"cannot convert this {config.model_type} model: {what}")
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
 
+
+def _sliding_window(config: PreTrainedConfig, family: Family) -> int | None:
+    window = config.sliding_window if family.has_sliding_window else None
+    return window if window is not None and window < config.max_position_embeddings else None
+
+
+def _moe(config: PreTrainedConfig, family: Family) -> MoeShape | None:
+    moe = family.read_moe(config) if family.read_moe else None
+    if moe is None:
+        return None
+    if moe.router_topk > moe.num_experts:
+        refuse(config, f"num_experts_per_tok {moe.router_topk}, expected at most its {moe.num_experts} experts")
+    if moe.router_topk == 1 and not moe.router_pre_softmax and not moe.sigmoid:
+        refuse(config, "num_experts_per_tok 1 with normalized weights (norm_topk_prob), which are always 1")
+    return moe
+
+
+def _refuse_what_megatron_would_compute_wrong(config: PreTrainedConfig) -> None:
     if getattr(config, "quantization_config", None) is not None:
-        refuse("its weights are quantized (quantization_config); use the checkpoint it was quantized from")
+        refuse(config, "its weights are quantized (quantization_config); use the checkpoint it was quantized from")
     if getattr(config, "auto_map", None):
-        refuse("it brings its own code (auto_map), which is never run")
+        refuse(config, "it brings its own code (auto_map), which is never run")
     if set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
-        refuse(f"layer_types {sorted(set(config.layer_types))}, only full_attention is supported (use_sliding_window)")
+        refuse(
+            config,
+            f"layer_types {sorted(set(config.layer_types))}, only full_attention is supported (use_sliding_window)",
+        )
     for bias in ("attention_bias", "mlp_bias"):
         if getattr(config, bias, False):
-            refuse(f"{bias} is true; no released model of this family has it and there is no table for it")
+            refuse(config, f"{bias} is true; no released model of this family has it and there is no table for it")
     if config.hidden_act != "silu":
-        refuse(f"hidden_act {config.hidden_act!r}, expected 'silu'")
+        refuse(config, f"hidden_act {config.hidden_act!r}, expected 'silu'")
     for size in _SIZES:
         value = getattr(config, size, None)
         if value is not None and value < 1:
-            refuse(f"{size} {value}, expected at least 1")
+            refuse(config, f"{size} {value}, expected at least 1")
     if config.num_attention_heads % config.num_key_value_heads:
-        refuse(
-            f"{config.num_attention_heads} heads are not a multiple of num_key_value_heads {config.num_key_value_heads}"
-        )
+        heads = f"num_attention_heads {config.num_attention_heads}"
+        refuse(config, f"{heads}, expected a multiple of num_key_value_heads {config.num_key_value_heads}")
     if config.dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-        refuse(f"dtype {config.dtype}, expected float32, bfloat16 or float16")
+        refuse(config, f"dtype {config.dtype}, expected float32, bfloat16 or float16")
 
 
 def _rope(config: PreTrainedConfig) -> tuple[float, float | None]:

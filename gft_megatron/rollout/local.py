@@ -32,6 +32,7 @@ from gft_megatron.rollout.engine import (
     RolloutEngine,
     SamplingParams,
 )
+from gft_megatron.rollout.file_names import parameters_by_file_name
 
 
 @dataclass
@@ -98,10 +99,10 @@ class LocalEngine(RolloutEngine):
 
     async def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         assert not self._waiting and not self._running, "update_weights while requests are in flight"
-        missing = {name for name, _ in self._model.named_parameters()}
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))
         unknown = []
         with torch.no_grad():
+            missing = set(parameters_by_file_name(self._model))
+            parameters = parameters_by_file_name(self._model, remove_duplicate=False)
             for name, tensor in named_tensors:
                 if name in parameters:
                     parameters[name].copy_(tensor)

@@ -168,12 +168,18 @@ def _reason(error: BaseException) -> str:
 
 def layout() -> dict[str, int]:
     """The parallel layout that random states belong to."""
-    return {
+    sizes = {
         "world": dist.get_world_size(),
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
         "context": parallel_state.get_context_parallel_world_size(),
     }
+    experts = {
+        "expert": parallel_state.get_expert_model_parallel_world_size(),
+        "expert tensor": parallel_state.get_expert_tensor_parallel_world_size(),
+    }
+    # A checkpoint from before there were experts has no sizes of theirs.
+    return sizes | {name: size for name, size in experts.items() if size > 1}
 
 
 def _named_chunks(chunks: list[DistributedDataParallel]) -> list[tuple[str, DistributedDataParallel]]:

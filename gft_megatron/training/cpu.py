@@ -78,14 +78,18 @@ class _Immediate:
     def __exit__(self, *exception: Any) -> None:
         pass
 
-    def wait_stream(self, stream: Any) -> None:
+    def wait_stream(self, *args: Any) -> None:
         pass
 
-    wait_event = record = record_event = wait = synchronize = wait_stream
+    wait_event = record = wait = synchronize = wait_stream
+
+    def record_event(self, event: _Immediate | None = None) -> _Immediate:
+        return event or _Immediate()
 
 
 def _answer_for_streams() -> None:
-    # distributed/param_and_grad_buffer.py (0.19: current_stream, Stream, Event for overlapped reduction)
+    # distributed/param_and_grad_buffer.py (0.19: current_stream, Stream, Event for overlapped reduction),
+    # transformer/moe/token_dispatcher.py
     torch.cuda.Stream = torch.cuda.Event = _Immediate  # type: ignore[misc, assignment]
     torch.cuda.stream = torch.cuda.current_stream = torch.cuda.default_stream = lambda *args, **kwargs: _Immediate()
     torch.Tensor.record_stream = _returning(None)  # type: ignore[method-assign]

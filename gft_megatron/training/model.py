@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,13 +14,16 @@ import yaml
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 from megatron.core.optimizer import OptimizerConfig
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from gft_megatron.config import ModelConfig, ParallelConfig
+from gft_megatron.convert.families import MlaShape, MoeShape
 from gft_megatron.convert.model_shape import ModelShape
-from gft_megatron.training.spec import block_spec
+from gft_megatron.training.moe import mend_mla_without_transformer_engine, mend_moe_without_transformer_engine
+from gft_megatron.training.spec import WholeLinear, block_spec
 
 _SECTIONS = {
     "transformer": TransformerConfig,
@@ -53,7 +58,7 @@ def transformer_config(
     Raises:
         ValueError: the layout does not divide the model.
     """
-    _require_divisible(shape, parallel)
+    require_divisible(shape, parallel)
     if not overrides.get("calculate_per_token_loss", True):
         raise ValueError("--megatron transformer.calculate_per_token_loss=false: losses here are sums over tokens")
     dtype = torch.bfloat16 if model.bf16 else torch.float32
@@ -80,6 +85,8 @@ def transformer_config(
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
         "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -99,14 +106,85 @@ def transformer_config(
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
     }
+    if shape.sliding_window is not None:
+        settings["window_size"] = (shape.sliding_window - 1, 0)  # tokens before and after one
+    if shape.moe is not None:
+        settings |= _moe_settings(shape.moe)
+    if shape.mla is not None:
+        settings |= _mla_settings(shape.mla, shape.rotary_base)
     try:
-        return TransformerConfig(**{**settings, **overrides})
+        return (MLATransformerConfig if shape.mla else TransformerConfig)(**{**settings, **overrides})
     except (ValueError, AssertionError, TypeError) as error:
         raise ValueError(f"Megatron's TransformerConfig refuses these settings: {error}") from error
 
 
-def _require_divisible(shape: ModelShape, parallel: ParallelConfig) -> None:
+def _mla_settings(mla: MlaShape, rotary_base: float) -> dict[str, Any]:
+    if not mla.q_lora_rank and importlib.util.find_spec("megatron.core.transformer.mla_qk_norm_config"):
+        raise ValueError(
+            f"q_lora_rank is null: megatron-core {importlib.metadata.version('megatron-core')} would norm what queries "
+            f"are projected from a second time; use megatron-core 0.16.1"
+        )
+    yarn = dict(mla.yarn) if mla.yarn else {}
+    return {
+        "multi_latent_attention": True,
+        "qk_layernorm": True,  # the norms of the latents
+        "q_lora_rank": mla.q_lora_rank or None,
+        "kv_lora_rank": mla.kv_lora_rank,
+        "qk_head_dim": mla.qk_head_dim,
+        "qk_pos_emb_head_dim": mla.qk_pos_emb_head_dim,
+        "v_head_dim": mla.v_head_dim,
+        "rope_type": "yarn" if yarn else "rope",
+        "rotary_base": rotary_base,
+        "rotary_scaling_factor": yarn.pop("factor", 1.0),  # read without YaRN too, for the scale of the scores
+        **yarn,
+    }
+
+
+def _moe_settings(moe: MoeShape) -> dict[str, Any]:
+    router: dict[str, Any] = {"moe_router_score_function": "softmax", "moe_router_pre_softmax": moe.router_pre_softmax}
+    if moe.sigmoid is not None:
+        router = {
+            "moe_router_score_function": "sigmoid",
+            "moe_router_num_groups": moe.sigmoid.num_groups,
+            "moe_router_group_topk": moe.sigmoid.group_topk,
+            "moe_router_topk_scaling_factor": moe.sigmoid.scaling_factor,
+            "moe_router_enable_expert_bias": True,
+            "moe_router_bias_update_rate": 0.0,  # stays as it was pretrained
+        }
+    return {
+        **router,
+        "num_moe_experts": moe.num_experts,
+        "moe_ffn_hidden_size": moe.ffn_hidden_size,
+        # A list, even of equal layers, changes the names in a checkpoint (TransformerBlock.sharded_state_dict).
+        "moe_layer_freq": 1 if all(moe.layers) else [int(has_experts) for has_experts in moe.layers],
+        "moe_router_topk": moe.router_topk,
+        "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size or None,
+        # Rounded to bfloat16, experts tie and a token goes to others than it was generated with.
+        "moe_router_dtype": "fp32",
+        # None, as in transformers; --megatron transformer.moe_aux_loss_coeff=0.001 turns it on.
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_expert_capacity_factor": None,  # no token is dropped
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": HAVE_TE,
+    }
+
+
+def require_divisible(shape: ModelShape, parallel: ParallelConfig) -> None:
+    """Refuse a layout that this model cannot be divided by.
+
+    Raises:
+        ValueError: names the flag, and what it may be.
+    """
     shape.check_tensor_parallel_size(parallel.tensor_model_parallel_size)
+    shape.check_expert_parallel_size(parallel.expert_model_parallel_size)
+    shape.check_expert_tensor_parallel_size(parallel.expert_tensor_parallel_size)
+    if (shape.moe or shape.mla) and parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        raise ValueError(
+            f"a model with experts or latent attention under --tensor-model-parallel-size "
+            f"{parallel.tensor_model_parallel_size} needs --sequence-parallel: without it Megatron sends every token "
+            f"to its experts once for each rank, and sums gradients wrong"
+        )
     stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
     if shape.num_layers % stages:
         raise ValueError(
@@ -129,6 +207,10 @@ def build_chunks(
     Args:
         vocab_size: padded size, see `padded_vocab_size`.
     """
+    if shape.moe is not None:
+        mend_moe_without_transformer_engine()
+    if shape.mla is not None:
+        mend_mla_without_transformer_engine(WholeLinear)
     num_chunks = config.virtual_pipeline_model_parallel_size
     chunks: list[torch.nn.Module] = []
     for index in range(num_chunks or 1):
@@ -148,8 +230,23 @@ def build_chunks(
             rope_scaling_factor=shape.rope_scaling_factor or 1.0,
             vp_stage=vp_stage,
         ).to(device)
+        _reduce_experts_over_their_own_ranks(chunk, config)
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
     return chunks
+
+
+def _reduce_experts_over_their_own_ranks(chunk: torch.nn.Module, config: TransformerConfig) -> None:
+    """Make DDP sum the gradients of an expert over the ranks that hold it, where these are not the data-parallel ones.
+
+    `allreduce` False is Megatron's mark for them. megatron-core 0.16.1 (tensor_parallel/layers.py) sets it under expert
+    parallelism only: with --expert-tensor-parallel-size below the tensor-parallel size, each tensor-parallel rank would
+    train an expert of its own on its own share of the tokens, without an error. 0.19.2 sets it as is done here.
+    """
+    if config.expert_tensor_parallel_size == config.tensor_model_parallel_size:
+        return
+    for name, parameter in chunk.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False
 
 
 def wrap_in_ddp(

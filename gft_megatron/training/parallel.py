@@ -45,12 +45,33 @@ def lay_out(parallel: ParallelConfig, *, timeout: datetime.timedelta | None = No
             f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size} x "
             f"--context-parallel-size {parallel.context_parallel_size}"
         )
+    expert_ranks = (
+        parallel.expert_tensor_parallel_size
+        * parallel.expert_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+    )
+    if dist.get_world_size() % expert_ranks:
+        raise ValueError(
+            f"the experts cannot be divided over {dist.get_world_size()} ranks: it has to be a multiple of "
+            f"--expert-tensor-parallel-size {parallel.expert_tensor_parallel_size} x "
+            f"--expert-model-parallel-size {parallel.expert_model_parallel_size} x "
+            f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size}"
+        )
+    both_divided = min(parallel.expert_tensor_parallel_size, parallel.expert_model_parallel_size) > 1
+    if both_divided and not torch.cuda.is_available():
+        raise ValueError(
+            f"--expert-tensor-parallel-size {parallel.expert_tensor_parallel_size} beside "
+            f"--expert-model-parallel-size {parallel.expert_model_parallel_size} gathers unequal shares, which gloo "
+            f"cannot: without a GPU one of them has to be 1"
+        )
     timeouts = {} if timeout is None else {"distributed_timeout_minutes": max(1, int(timeout.total_seconds() // 60))}
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         **timeouts,
     )
 

@@ -36,6 +36,7 @@ from gft_megatron.training.model import (
     build_chunks,
     megatron_fields,
     padded_vocab_size,
+    require_divisible,
     transformer_config,
     wrap_in_ddp,
 )
@@ -113,7 +114,7 @@ def build_run(config: RunConfig) -> tuple[Run, dict[str, Any] | None]:
     phases = resolve_phases(config)
     overrides = megatron_fields(config.model.megatron)
     hf_folder = HfFolder(config.model.hf_checkpoint)
-    hf_folder.shape.check_tensor_parallel_size(config.parallel.tensor_model_parallel_size)
+    require_divisible(hf_folder.shape, config.parallel)
     if not config.model.random_init:
         hf_folder.check_weights()
     tokenizer = _load_tokenizer(hf_folder, config.data.seq_length)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_decoder_block_spec
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -26,10 +27,15 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from torch import Tensor
 
 
@@ -37,12 +43,22 @@ def block_spec(config: TransformerConfig, *, vp_stage: int | None = None) -> Tra
     """Layers of this pipeline stage (or virtual stage) and the final norm."""
     if HAVE_TE:
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[_layer_spec(config)] * num_layers, layer_norm=RMSNorm)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    layers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
+    specs = [_layer_spec(config, has_experts=_has_experts(config, layer)) for layer in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
 
 
-def _layer_spec(config: TransformerConfig) -> ModuleSpec:
+def _has_experts(config: TransformerConfig, layer: int) -> bool:
+    if config.num_moe_experts is None:
+        return False
+    every = config.moe_layer_freq
+    return bool(every[layer]) if isinstance(every, list) else layer % every == 0
+
+
+def _layer_spec(config: TransformerConfig, *, has_experts: bool) -> ModuleSpec:
     head_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    self_attention = SelfAttention
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
         core_attention=SdpaAttention,
@@ -50,23 +66,47 @@ def _layer_spec(config: TransformerConfig) -> ModuleSpec:
         q_layernorm=head_norm,
         k_layernorm=head_norm,
     )
-    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    mlp = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
+    # Transformer Engine's names in the distributed checkpoint, so that either spec can load it.
+    checkpoint_names = {
+        "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+        "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    }
+    if config.multi_latent_attention:
+        self_attention = MLASelfAttention
+        attention = MLASelfAttentionSubmodules(
+            linear_q_proj=ColumnParallelLinear,
+            linear_q_down_proj=WholeLinear,
+            linear_q_up_proj=ColumnParallelLinear,
+            linear_kv_down_proj=WholeLinear,
+            linear_kv_up_proj=ColumnParallelLinear,
+            core_attention=SdpaAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=RMSNorm if config.q_lora_rank else IdentityOp,
+            kv_layernorm=RMSNorm,
+        )
+        del checkpoint_names["input_layernorm."]
+        checkpoint_names |= {
+            "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+            "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+        }
+    if has_experts:
+        mlp = get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts, moe_grouped_gemm=False)
+        del checkpoint_names["pre_mlp_layernorm."]
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
-                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+                module=self_attention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MLP, submodules=mlp),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            # Transformer Engine's names in the distributed checkpoint, so that either spec can load it.
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            sharded_state_dict_keys_map=checkpoint_names,
         ),
     )
 
@@ -80,8 +120,27 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
+class WholeLinear(torch.nn.Linear):
+    """Every tensor-parallel rank holds all of it and applies it to its own tokens, as Transformer Engine's does in
+    latent attention. Divided over the ranks instead (ColumnParallelLinear, as megatron-core's local spec has it), the
+    gradient of the keys' rotated part, which all heads share, would be that of one rank's heads."""
+
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, init_method: Any, **_: Any
+    ) -> None:
+        super().__init__(
+            input_size, output_size, bias=False, dtype=config.params_dtype, device=torch.cuda.current_device()
+        )
+        init_method(self.weight)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return super().forward(x), None
+
+
 class SdpaAttention(MegatronModule):
-    """Causal attention by torch's scaled_dot_product_attention: grouped queries, packed sequences, context parallelism.
+    """Causal attention by torch's scaled_dot_product_attention: grouped queries, packed sequences, context parallelism,
+    a sliding window.
 
     Under context parallelism each sequence is cut into 2c chunks and rank r holds chunks r and 2c-1-r, as Transformer
     Engine and rope_utils.py have it. Keys and values of all ranks are gathered (their gradient is reduce-scattered), so
@@ -98,6 +157,7 @@ class SdpaAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        **_: Any,
     ) -> None:
         super().__init__(config=config)
         if config.attention_dropout:
@@ -105,6 +165,7 @@ class SdpaAttention(MegatronModule):
                 f"attention_dropout is {config.attention_dropout}; without Transformer Engine it has to be 0"
             )
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.window = config.window_size[0] + 1 if config.window_size else None  # tokens, a query's own included
         self.cp_group = pg_collection.cp
 
     def forward(
@@ -116,10 +177,10 @@ class SdpaAttention(MegatronModule):
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
-    ) -> Tensor:  # packed [t, 1, h*d], else [s, b, h*d]
+    ) -> Tensor:  # packed [t, h*d], else [s, b, h*d]
         if packed_seq_params is not None:
             context = self._attend(query, key, value, packed_seq_params.cu_seqlens_q.tolist())
-            return context.flatten(1).unsqueeze(1)
+            return context.flatten(1)
         seq_length, batch_size = query.shape[:2]
         full_length = seq_length * self.cp_group.size()
         packed = [x.transpose(0, 1).flatten(0, 1) for x in (query, key, value)]  # [b*s, ., d]
@@ -130,7 +191,8 @@ class SdpaAttention(MegatronModule):
         c, rank = self.cp_group.size(), self.cp_group.rank()
         if c > 1:
             gathered = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=self.cp_group)
-            key, value = gathered.unflatten(0, (c, -1)).chunk(2, dim=-1)  # [c, t, g, d]
+            # [c, t, g, d]; values of latent attention have a width of their own
+            key, value = gathered.unflatten(0, (c, -1)).split([key.shape[-1], value.shape[-1]], dim=-1)
         outputs = []
         for start, length, count in equal_runs(cu_seqlens):
             part = slice(start // c, (start + length * count) // c)
@@ -152,11 +214,13 @@ class SdpaAttention(MegatronModule):
         return torch.cat(outputs)
 
     def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, first: int = 0) -> Tensor:
-        """Queries at positions first, first + 1, ... attend to the keys at and before them."""
+        """Queries at positions first, first + 1, ... attend to the keys at and before them, or a window of these."""
         last = first + q.shape[2]
         mask = None
-        if first:
+        if first or (self.window and last > self.window):
             mask = torch.ones(q.shape[2], last, dtype=torch.bool, device=q.device).tril(first)
+        if self.window and mask is not None:
+            mask = mask.triu(first - self.window + 1)
         return F.scaled_dot_product_attention(
             q, k[:, :, :last], v[:, :, :last], attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale,
             enable_gqa=True,

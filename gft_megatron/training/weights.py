@@ -5,23 +5,22 @@ The names and layouts are in convert/; here are only the process groups.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
 from gft_megatron.convert.hf_folder import HfFolder
 from gft_megatron.convert.hf_writer import write_hf_folder
-from gft_megatron.convert.mapping import merge_to_hf, tensor_spec
+from gft_megatron.convert.mapping import EXPERT_NUMBER, LAYER_NUMBER, merge_to_hf, tensor_spec
 from gft_megatron.convert.model_shape import ModelShape
 from gft_megatron.training.exchange import on_rank_zero
 from gft_megatron.training.model import gather_updated_parameters, unwrapped
-
-_LOCAL_LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+(?=\.)")
 
 
 def load_hf_weights(chunks: Sequence[nn.Module], folder: HfFolder, *, padded_vocab_size: int) -> None:
@@ -30,12 +29,13 @@ def load_hf_weights(chunks: Sequence[nn.Module], folder: HfFolder, *, padded_voc
     Raises:
         ValueError: a tensor is missing or misshapen, or a file is damaged; the message names it.
     """
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
     with torch.no_grad():
         for chunk in chunks:
             for name, parameter in _global_parameters(chunk):
-                shard = folder.load_shard(name, tp_rank=rank, tp_size=size, padded_vocab_size=padded_vocab_size)
+                group = _tensor_group(is_expert=tensor_spec(folder.shape, name).is_expert)
+                shard = folder.load_shard(
+                    name, tp_rank=group.rank(), tp_size=group.size(), padded_vocab_size=padded_vocab_size
+                )
                 parameter.copy_(shard)
 
 
@@ -49,85 +49,151 @@ def export_hf_tensors(
 
     Args:
         to_rank_zero: rank 0 gets the tensors, the others an iterator that yields nothing. Rank 0 holds one parameter
-            beside the model, the other ranks of its replica at most that. Otherwise every rank gets every tensor.
+            beside the model, the other ranks at most that. Otherwise every rank gets every tensor.
     """
     gather_updated_parameters(chunks)
-    if to_rank_zero and parallel_state.get_data_parallel_rank(with_context_parallel=True) > 0:
-        return
-    tensor_group = parallel_state.get_tensor_model_parallel_group()
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
-    stage = parallel_state.get_pipeline_model_parallel_rank()
     mine = {name: parameter.detach() for chunk in chunks for name, parameter in _global_parameters(chunk)}
-    shapes = {name: (tuple(parameter.shape), parameter.dtype) for name, parameter in mine.items()}
-    stages: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = [shapes] * pipeline_group.size()
+    places = [
+        _Place(name, tuple(parameter.shape), parameter.dtype, pipeline_group.rank(), expert_rank)
+        for own_name, parameter in mine.items()
+        for expert_rank, name in _on_all_expert_ranks(own_name, _num_local_experts(shape.num_moe_experts))
+    ]
+    stages: list[list[_Place]] = [places] * pipeline_group.size()
     if pipeline_group.size() > 1:
-        dist.all_gather_object(stages, shapes, group=pipeline_group)
-    collect = _on_first_rank if to_rank_zero else _on_all_ranks
-    for owner, names in enumerate(stages):
-        for name, (shard_shape, dtype) in names.items():
-            is_sharded = tensor_spec(shape, name).is_sharded and tensor_group.size() > 1
-            own = mine[name].contiguous() if owner == stage else None
-            # [shards, ...]
-            sizes = (tensor_group.size() if is_sharded else 1, *shard_shape)
-            shards = collect(own, sizes, dtype, owner=owner)
-            if shards is not None:
-                yield from merge_to_hf(shape, name, list(shards))
-            del own, shards  # before the next is gathered
+        dist.all_gather_object(stages, places, group=pipeline_group)
+    for place in (place for stage in stages for place in stage):
+        if to_rank_zero and not _is_in_first_replica(place):
+            continue
+        own = mine.get(place.name)
+        own = None if own is None else own.contiguous()
+        spec = tensor_spec(shape, place.name)
+        num_shards = _tensor_group(is_expert=place.expert_rank is not None).size() if spec.is_sharded else 1
+        shards = _within_stage(own, place, num_shards, to_rank_zero=to_rank_zero)
+        shards = _between_stages(shards, place, num_shards, to_rank_zero=to_rank_zero)
+        if shards is not None and not (to_rank_zero and dist.get_rank() > 0):
+            yield from merge_to_hf(shape, place.name, list(shards))
+        del own, shards  # before the next is gathered
 
 
-def _on_all_ranks(own: Tensor | None, sizes: tuple[int, ...], dtype: torch.dtype, *, owner: int) -> Tensor:
-    """All shards of a parameter [shards, ...], on every rank of the replica.
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter is."""
+
+    name: str
+    shard_shape: tuple[int, ...]
+    dtype: torch.dtype
+    stage: int
+    expert_rank: int | None
+    """Expert-parallel rank that has it; None: every one has."""
+
+    def empty(self, num_shards: int) -> Tensor:
+        return torch.empty((num_shards, *self.shard_shape), dtype=self.dtype, device=torch.cuda.current_device())
+
+
+def _is_in_first_replica(place: _Place) -> bool:
+    """Whether this rank is of the first ranks of each stage that hold this parameter, all of it."""
+    if place.expert_rank is None:
+        return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    return parallel_state.get_expert_data_parallel_rank() == 0
+
+
+def _within_stage(own: Tensor | None, place: _Place, num_shards: int, *, to_rank_zero: bool) -> Tensor | None:
+    """All shards [shards, ...] on every rank of the replica's stage, or on its first only; None elsewhere.
 
     Args:
-        own: this rank's; None but on the pipeline stage `owner`.
+        own: this rank's shard; None where it has none.
     """
-    pipeline_group = parallel_state.get_pipeline_model_parallel_group()
-    if sizes[0] == pipeline_group.size() == 1:
+    if parallel_state.get_pipeline_model_parallel_rank() != place.stage:
+        return None
+    if place.expert_rank is not None and parallel_state.get_expert_model_parallel_world_size() > 1:
+        # Ranks of this group: expert-tensor-parallel rank first, then expert-parallel rank.
+        group = parallel_state.get_expert_tensor_and_model_parallel_group()
+        shards = place.empty(num_shards)
+        first = place.expert_rank * parallel_state.get_expert_tensor_parallel_world_size()
+        for i, shard in enumerate(shards):
+            if group.rank() == first + i:
+                assert own is not None
+                shard.copy_(own)
+            dist.broadcast(shard, src=dist.get_global_rank(group, first + i), group=group)
+        return shards
+    assert own is not None
+    if num_shards == 1:
         return own[None]
-    shards = torch.empty(sizes, dtype=dtype, device=torch.cuda.current_device())
-    if own is not None and sizes[0] == 1:
-        shards[0] = own
-    elif own is not None:
-        dist.all_gather_into_tensor(shards, own[None], group=parallel_state.get_tensor_model_parallel_group())
-    if pipeline_group.size() > 1:
-        dist.broadcast(shards, src=dist.get_global_rank(pipeline_group, owner), group=pipeline_group)
+    group = _tensor_group(is_expert=place.expert_rank is not None)
+    if not to_rank_zero:
+        shards = place.empty(num_shards)
+        dist.all_gather_into_tensor(shards, own[None], group=group)
+        return shards
+    shards = place.empty(num_shards) if group.rank() == 0 else None
+    dist.gather(own, None if shards is None else list(shards), dst=dist.get_global_rank(group, 0), group=group)
     return shards
 
 
-def _on_first_rank(own: Tensor | None, sizes: tuple[int, ...], dtype: torch.dtype, *, owner: int) -> Tensor | None:
-    """The same on the first rank of the replica; None on the others."""
-    tensor_group = parallel_state.get_tensor_model_parallel_group()
-    pipeline_group = parallel_state.get_pipeline_model_parallel_group()
-    first_of_stage = parallel_state.get_tensor_model_parallel_rank() == 0
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    if not first_of_stage:
-        if own is not None and sizes[0] > 1:
-            dist.gather(own, dst=dist.get_global_rank(tensor_group, 0), group=tensor_group)
-        return None
-    if own is not None and sizes[0] == 1:
-        shards = own[None]
-    elif own is not None:
-        shards = torch.empty(sizes, dtype=dtype, device=own.device)
-        dist.gather(own, list(shards), dst=dist.get_global_rank(tensor_group, 0), group=tensor_group)
-    elif stage == 0:
-        shards = torch.empty(sizes, dtype=dtype, device=torch.cuda.current_device())
-        dist.recv(shards, src=dist.get_global_rank(pipeline_group, owner), group=pipeline_group)
-    else:
-        return None
-    if stage == 0:
+def _between_stages(shards: Tensor | None, place: _Place, num_shards: int, *, to_rank_zero: bool) -> Tensor | None:
+    """From the stage that has the shards to all, or from its first rank to rank 0."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() == 1:
         return shards
-    dist.send(shards, dst=dist.get_global_rank(pipeline_group, 0), group=pipeline_group)
+    src = dist.get_global_rank(group, place.stage)
+    if not to_rank_zero:
+        shards = place.empty(num_shards) if shards is None else shards.contiguous()
+        dist.broadcast(shards, src=src, group=group)
+        return shards
+    first = dist.get_global_rank(group, 0)
+    if first != 0 or place.stage == 0 or dist.get_rank() not in (0, src):
+        return shards
+    if dist.get_rank() == 0:
+        shards = place.empty(num_shards)
+        dist.recv(shards, src=src, group=group)
+        return shards
+    assert shards is not None
+    dist.send(shards.contiguous(), dst=0, group=group)
     return None
 
 
-def _global_parameters(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters under the names they have in the whole model: a stage counts its layers from 0."""
+def _tensor_group(*, is_expert: bool) -> dist.ProcessGroup:
+    """The ranks that share a parameter."""
+    if is_expert:
+        return parallel_state.get_expert_tensor_parallel_group()
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def _on_all_expert_ranks(name: str, num_local_experts: int) -> Iterator[tuple[int | None, str]]:
+    """(expert-parallel rank, name) of what the ranks have in the place of this rank's parameter `name`."""
+    number = EXPERT_NUMBER.search(name)
+    if number is None:
+        yield None, name
+        return
+    for rank in range(parallel_state.get_expert_model_parallel_world_size()):
+        expert = rank * num_local_experts + int(number.group()) % num_local_experts
+        yield rank, EXPERT_NUMBER.sub(str(expert), name)
+
+
+def _num_local_experts(num_experts: int) -> int:
+    """Rank r of an expert-parallel group has the r-th run of so many."""
+    return num_experts // parallel_state.get_expert_model_parallel_world_size()
+
+
+def _expert_biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Not trained, but part of the model: buffers that a router keeps in float32 whatever the model is in."""
+    for name, module in model.named_modules():
+        if isinstance(module, TopKRouter) and module.expert_bias is not None:
+            module._maintain_float32_expert_bias()
+            yield f"{name}.expert_bias", module.expert_bias
+
+
+def _global_parameters(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters under the names they have in the whole model: a stage counts its layers from 0, a rank its experts."""
     model = unwrapped(chunk)
-    for name, parameter in model.named_parameters():
-        local = _LOCAL_LAYER.search(name)
-        if local is not None:
-            layer = model.decoder.layers[int(local.group())].layer_number - 1
-            name = _LOCAL_LAYER.sub(str(layer), name)
+    rank = parallel_state.get_expert_model_parallel_rank()
+    first_expert = rank * _num_local_experts(model.config.num_moe_experts or 0)
+    for name, parameter in (*model.named_parameters(), *_expert_biases(model)):
+        layer, expert = LAYER_NUMBER.search(name), EXPERT_NUMBER.search(name)
+        if expert is not None:
+            name = EXPERT_NUMBER.sub(str(first_expert + int(expert.group())), name)
+        if layer is not None:
+            name = LAYER_NUMBER.sub(str(model.decoder.layers[int(layer.group())].layer_number - 1), name)
         yield name, parameter
 
 

@@ -2,14 +2,17 @@
 
     torchrun --nproc-per-node 2 convert_logits_worker.py --folders DIR DIR --out DIR --layouts 2x1 1x2
 
-Reads DIR/tokens.pt of each folder; writes OUT/TPxPP/<folder name>/logits.pt and the exported folder hf beside it.
+Reads DIR/tokens.pt of each folder; writes OUT/LAYOUT/<folder name>/logits.pt and the exported folder hf beside it.
+A layout is TPxPP for the models without experts, TPxPPxEP or TPxPPxEPxETP for those with.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import os
 from pathlib import Path
+
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # Inductor takes minutes for the routers of all these models
 
 import torch
 import torch.distributed as dist
@@ -50,14 +53,33 @@ def logits_of(chunks: list[nn.Module], tokens: Tensor) -> Tensor | None:  # [b, 
     return collected[0] if collected else None
 
 
+def sizes(layout: str) -> tuple[int, int, int, int]:
+    """Tensor, pipeline, expert, expert-tensor parallel."""
+    tp_size, pp_size, ep_size, etp_size = (*map(int, layout.split("x")), 1, 1)[:4]
+    return tp_size, pp_size, ep_size, etp_size
+
+
+def num_ranks(layout: str) -> int:
+    tp_size, pp_size, ep_size, etp_size = sizes(layout)
+    return pp_size * max(tp_size, ep_size * etp_size)
+
+
 def run_layout(layout: str, paths: list[Path], out: Path) -> None:
     """Write the logits and the exported folder of every model to OUT/LAYOUT/NAME."""
-    tp_size, pp_size = map(int, layout.split("x"))
-    parallel = ParallelConfig(tensor_model_parallel_size=tp_size, pipeline_model_parallel_size=pp_size)
+    tp_size, pp_size, ep_size, etp_size = sizes(layout)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tp_size,
+        pipeline_model_parallel_size=pp_size,
+        expert_model_parallel_size=ep_size,
+        expert_tensor_parallel_size=etp_size,
+        sequence_parallel=tp_size > 1 and layout.count("x") > 1,  # as a model with experts wants it
+    )
     lay_out(parallel)
     seed_ranks(1)
     for path in paths:
         folder = HfFolder(path)
+        if (folder.shape.moe is not None) != (layout.count("x") > 1):
+            continue
         settings = ModelConfig(hf_checkpoint=str(path), make_vocab_size_divisible_by=64)
         config = models.transformer_config(folder.shape, settings, parallel, {})
         vocab_size = models.padded_vocab_size(folder.shape, settings, parallel)
@@ -68,7 +90,8 @@ def run_layout(layout: str, paths: list[Path], out: Path) -> None:
         load_hf_weights(chunks, folder, padded_vocab_size=vocab_size)
         written = out / layout / path.name
         logits = logits_of(chunks, tokens)
-        if logits is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
+        is_first_replica = parallel_state.get_data_parallel_rank() == 0
+        if logits is not None and is_first_replica and parallel_state.get_tensor_model_parallel_rank() == 0:
             written.mkdir(parents=True)
             torch.save(logits, written / "logits.pt")
         dist.barrier()
@@ -81,13 +104,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folders", nargs="+", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--layouts", nargs="+", required=True, help="TPxPP")
+    parser.add_argument("--layouts", nargs="+", required=True, help="TPxPP, TPxPPxEP or TPxPPxEPxETP")
     arguments = parser.parse_args()
     cpu.install()
     torch.set_num_threads(1)
     jobs = {}
     for layout in arguments.layouts:
-        jobs.setdefault(math.prod(map(int, layout.split("x"))), []).append(layout)
+        jobs.setdefault(num_ranks(layout), []).append(layout)
     run_in_worlds(jobs, lambda layout: run_layout(layout, arguments.folders, arguments.out), arguments.out)
 
 

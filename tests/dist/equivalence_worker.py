@@ -1,8 +1,8 @@
 """Train a tiny model on fixed groups, one job after the other; started by torchrun, one process a rank.
 
 A job is FAMILY+LAYOUT and what is different in it, e.g. "qwen2+tp2sp+fused": "+fused" runs with --fused-linear-loss,
-"+sft" with that loss, "+not-token-local" as if the loss needed the whole batch; the name of a mutation breaks one
-thing. For each: loss and every gradient of the first step (under Hugging Face names, whole), then the losses of two
+"+sft" with that loss, "+not-token-local" as if the loss needed the whole batch, "+resumed" saves after the first step
+and goes on with what another model and optimizer load; the name of a mutation breaks one thing. For each: loss and every gradient of the first step (under Hugging Face names, whole), then the losses of two
 more steps. The optimizer, DDP, schedules, packing and weight loading are those of a real run. Results go to
 OUT/JOB.pt; test_equivalence.py compares them.
 
@@ -37,11 +37,13 @@ from megatron.core.num_microbatches_calculator import init_num_microbatches_calc
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region as upstream_gather
 
 from gft_megatron.config import ModelConfig, OptimizerSettings, ParallelConfig
+from gft_megatron.convert.families.tables import KEPT_IN_FLOAT32
 from gft_megatron.convert.hf_folder import HfFolder
 from gft_megatron.losses import LOSSES
 from gft_megatron.ops.linear import _spread as upstream_spread
 from gft_megatron.training import model as models
 from gft_megatron.training import step as steps
+from gft_megatron.training.checkpoint import load_checkpoint, save_checkpoint
 from gft_megatron.training.fused_linear import return_hidden_states
 from gft_megatron.training.micro_batches import pack_for_this_replica
 from gft_megatron.training.optimizer import build_optimizer, build_scheduler
@@ -61,6 +63,16 @@ LAYOUTS = {
     "cp2": {"context_parallel_size": 2},
     "tp2pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
     "tp2pp2sp": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},
+    "ep2": {"expert_model_parallel_size": 2},
+    "ep2distopt": {"expert_model_parallel_size": 2, "use_distributed_optimizer": True},
+    "ep2overlap": {
+        "expert_model_parallel_size": 2, "use_distributed_optimizer": True, "overlap_grad_reduce": True,
+        "overlap_param_gather": True,
+    },
+    "ep2cp2": {"expert_model_parallel_size": 2, "context_parallel_size": 2},
+    "ep2pp2": {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    "ep2tp2sp": {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "etp2tp2sp": {"expert_tensor_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True},
     "tp2cp2": {"tensor_model_parallel_size": 2, "context_parallel_size": 2},
 }
 
@@ -73,12 +85,13 @@ def num_ranks(layout: str) -> int:
     model_ranks = (
         parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
     )
-    return 1 if layout == "one" else max(2, model_ranks)
+    expert_ranks = parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
+    return 1 if layout == "one" else max(2, model_ranks, expert_ranks)
 
 
-def run_job(job: str, root: Path) -> dict:
+def run_job(job: str, root: Path, out: Path) -> dict:
     family, layout, *options = job.split("+")
-    assert set(options) <= {"fused", "sft", "not-token-local", *MUTATIONS}, job
+    assert set(options) <= {"fused", "sft", "not-token-local", "resumed", *MUTATIONS}, job
     is_broken = not MUTATIONS.keys().isdisjoint(options)
     with contextlib.ExitStack() as patches:
         for option in options:
@@ -92,6 +105,7 @@ def run_job(job: str, root: Path) -> dict:
                 HfFolder(root / family),
                 loss="sft" if "sft" in options else "gft",
                 fused="fused" in options,
+                checkpoints=out / f"{job}-checkpoints" if "resumed" in options else None,
             )
         except FloatingPointError as error:
             if not is_broken:
@@ -101,12 +115,9 @@ def run_job(job: str, root: Path) -> dict:
             parallel_state.destroy_model_parallel()
 
 
-def train(layout: dict, folder: HfFolder, *, loss: str, fused: bool) -> dict:
-    parallel = ParallelConfig(**layout)
-    lay_out(parallel)
-    seed_ranks(1)
+def build(parallel: ParallelConfig, folder: HfFolder, settings: OptimizerSettings, *, fused: bool) -> tuple:
+    """Wrapped chunks with the folder's weights, optimizer, schedule."""
     model_config = ModelConfig(hf_checkpoint=str(folder.path), make_vocab_size_divisible_by=1)
-    settings = OptimizerSettings(train_iters=10, lr=1e-3, max_tokens_per_gpu=160)
     config = models.transformer_config(folder.shape, model_config, parallel, {})
     vocab_size = models.padded_vocab_size(folder.shape, model_config, parallel)
     device = torch.device("cpu")
@@ -116,7 +127,15 @@ def train(layout: dict, folder: HfFolder, *, loss: str, fused: bool) -> dict:
     load_hf_weights(chunks, folder, padded_vocab_size=vocab_size)
     wrapped = models.wrap_in_ddp(chunks, config, parallel, {})
     optimizer = build_optimizer(wrapped, settings, parallel, bf16=False, overrides={})
-    scheduler = build_scheduler(optimizer, settings)
+    return wrapped, optimizer, build_scheduler(optimizer, settings)
+
+
+def train(layout: dict, folder: HfFolder, *, loss: str, fused: bool, checkpoints: Path | None) -> dict:
+    parallel = ParallelConfig(**layout)
+    lay_out(parallel)
+    seed_ranks(1)
+    settings = OptimizerSettings(train_iters=10, lr=1e-3, max_tokens_per_gpu=160)
+    wrapped, optimizer, scheduler = build(parallel, folder, settings, fused=fused)
     objective = steps.Objective(
         loss=LOSSES[loss], hyper=HYPER[loss], vocab_size=folder.shape.vocab_size, fused_linear_loss=fused
     )
@@ -127,6 +146,11 @@ def train(layout: dict, folder: HfFolder, *, loss: str, fused: bool) -> dict:
     result["gradients"] = whole_gradients(wrapped, folder)
     optimizer.step()
     scheduler.step(increment=1)
+    if checkpoints is not None:
+        saved = save_checkpoint(checkpoints, 1, wrapped, optimizer, scheduler, {}, keep_last=1)
+        wrapped, optimizer, scheduler = build(parallel, folder, settings, fused=fused)
+        state, _ = load_checkpoint(saved, wrapped, optimizer)
+        scheduler.load_state_dict(state["scheduler"])
     result["later"] = [
         steps.train_step(wrapped, optimizer, scheduler, inputs, objective).figures.metrics for _ in range(2)
     ]
@@ -138,21 +162,27 @@ def train(layout: dict, folder: HfFolder, *, loss: str, fused: bool) -> dict:
 def whole_gradients(wrapped: list, folder: HfFolder) -> dict[str, torch.Tensor]:
     """Put the gradients where the weights are, and gather them as weights are gathered."""
     replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    of_experts = parallel_state.get_expert_data_parallel_group()
     weights = []
     for chunk in wrapped:
         if chunk.ddp_config.use_distributed_optimizer:
-            for buffer in chunk.buffers:  # each rank has reduced its own slice of each bucket
-                for bucket in buffer.buckets:
-                    mine = bucket.grad_data.chunk(replicas.size())[replicas.rank()].clone()
-                    dist.all_gather_into_tensor(bucket.grad_data, mine, group=replicas)
+            # Each rank has reduced its own slice of each bucket.
+            for buffers, group in ((chunk.buffers, replicas), (chunk.expert_parallel_buffers, of_experts)):
+                for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
+                    mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                    dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
         for parameter in chunk.parameters():
             weights.append((parameter, parameter.data.clone()))
             parameter.data.copy_(parameter.main_grad)
-    gradients = {name: tensor.clone() for name, tensor in export_hf_tensors(wrapped, folder.shape)}
+    gradients = {
+        name: tensor.clone()
+        for name, tensor in export_hf_tensors(wrapped, folder.shape)
+        if not name.endswith(KEPT_IN_FLOAT32)  # biases of experts, which are not trained
+    }
     for parameter, weight in weights:
         parameter.data.copy_(weight)
     for chunk in wrapped:
-        for bucket_group in chunk.bucket_groups:
+        for bucket_group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
             # No run exports before the optimizer's step: the weights gathered above are not those of the next pass.
             bucket_group.param_gather_dispatched = False
     return gradients
@@ -209,7 +239,7 @@ def main() -> None:
     init_num_microbatches_calculator(int(os.environ["RANK"]), None, 1, 1, 1)
 
     def run(job: str) -> None:
-        result = run_job(job, arguments.models)
+        result = run_job(job, arguments.models, arguments.out)
         if dist.get_rank() == 0:
             torch.save(result, arguments.out / f"{job}.pt")
 

@@ -1,7 +1,7 @@
 """The same batch of packed, ragged groups gives the same loss, gradients and further losses under every layout.
 
 One rank is compared with a float64 computation by transformers, every layout with one rank. Real Megatron-Core
-schedules, DDP and optimizers on gloo. Not covered: bf16 (its rounding hides what is looked for here), experts.
+schedules, DDP and optimizers on gloo. Not covered: bf16 (its rounding hides what is looked for here).
 """
 
 import math
@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import SIZES, save_model
+from hf_models import DEEPSEEK_V3, QWEN3_MOE, SIZES, YARN, save_model
 from ragged_batch import ragged_groups
 from torchrun import torchrun
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 WORKER = Path(__file__).with_name("equivalence_worker.py")
 LAYOUTS = {
@@ -26,6 +27,10 @@ LAYOUTS = {
         "tp2sp+fused+not-token-local", "dp2overlap+fused+not-token-local",
     ],
     "qwen3": ["one", "tp2", "cp2", "tp2sp+fused", "pp2overlap+fused", "dp2overlap+fused"],
+    # With tp2sp each rank holds every expert whole and sends it its own half of the tokens.
+    "mixtral": ["one", "tp2sp", "etp2tp2sp", "ep2", "ep2distopt+resumed"],
+    "qwen3-moe": ["one", "ep2overlap", "ep2cp2+fused", "ep2pp2+resumed"],
+    "deepseek-v3": ["one", "ep2tp2sp", "ep2cp2"],
 }  # fmt: skip
 CASES = [(family, name) for family, names in LAYOUTS.items() for name in names if name != "one"]
 BROKEN = ["dp2+per-micro-batch", "cp2+no-gradient-sum", "tp2+fused+no-hidden-sum"]
@@ -37,6 +42,11 @@ FAMILIES = {
     "qwen2": lambda: Qwen2Config(tie_word_embeddings=True, **MODEL),
     # norms inside the heads, which every tensor-parallel rank holds whole
     "qwen3": lambda: Qwen3Config(head_dim=16, tie_word_embeddings=False, **MODEL),
+    "mixtral": lambda: MixtralConfig(num_local_experts=4, tie_word_embeddings=False, **MODEL),
+    # experts in every second layer, weights of a token's experts that do not sum to 1
+    # latent attention and a sigmoid router with a bias; dense first layer
+    "deepseek-v3": lambda: DeepseekV3Config(q_lora_rank=16, rope_parameters=YARN, **{**DEEPSEEK_V3, **MODEL, "num_key_value_heads": 8}),
+    "qwen3-moe": lambda: Qwen3MoeConfig(decoder_sparse_step=2, tie_word_embeddings=True, **QWEN3_MOE, **MODEL),
 }
 TAU = 0.05  # as in the worker
 
@@ -94,9 +104,13 @@ def test_overlapped_gather_exports_the_new_weights(results):
     assert [name for name in plain if not torch.equal(overlapped[name], plain[name])] == []
 
 
+def in_float64(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
+
+
 @pytest.fixture(scope="module")
 def double_model(models):
-    return AutoModelForCausalLM.from_pretrained(models / "qwen2", dtype=torch.float64)
+    return in_float64(models / "qwen2")
 
 
 def float64_token_losses(model, token_loss):
@@ -112,17 +126,23 @@ def float64_token_losses(model, token_loss):
     return torch.cat(losses)
 
 
-def test_gft_equals_float64(results, double_model):
+@pytest.mark.parametrize(
+    ("family", "layouts"),
+    [("qwen2", ["one", "tp2", "tp2pp2sp"]), ("mixtral", ["one", "ep2"]), ("qwen3-moe", ["one", "ep2overlap"]),
+        ("deepseek-v3", ["one"]),],
+)
+def test_gft_equals_float64(results, models, family, layouts):
     def gft(log_probs, advantage):
         coefficients = [math.exp(x) if math.exp(x) < TAU else 1.0 for x in log_probs.detach().tolist()]
         return -advantage * torch.tensor(coefficients, dtype=torch.float64) * log_probs
 
-    losses = float64_token_losses(double_model, gft)
-    double_model.zero_grad()
+    model = in_float64(models / family)
+    losses = float64_token_losses(model, gft)
     losses.mean().backward()
-    expected = {name: parameter.grad for name, parameter in double_model.named_parameters()}
-    for layout in ("one", "tp2", "tp2pp2sp"):
-        result = results["qwen2"][layout]
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    expected = revert_weight_conversion(model, gradients)  # under the names of the files
+    for layout in layouts:
+        result = results[family][layout]
         assert result["metrics"]["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
         assert 0.2 < result["metrics"]["rectified_frac"] < 0.999, "both branches of the coefficient have to be taken"
         assert gradient_error(result["gradients"], expected) < 1e-4

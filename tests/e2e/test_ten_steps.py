@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from e2e_runs import PROGRAM, metrics_of
+from e2e_runs import PROGRAM, metrics_of, run_tool
+from safetensors.torch import load_file
 from torchrun import torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,6 +31,26 @@ RUNS = {
         "--num-steps-per-rollout", 2, "--rm-type", "tests/e2e/digit_reward.py:score",
     ],
 }  # fmt: skip
+
+
+def test_experts_on_two_ranks(flags, tmp_path):
+    """Groups are drawn, trained on, saved and exported; the embedded engine computes the same model."""
+    run_tool(
+        "make_tiny_model.py", "--output", tmp_path / "moe", "--characters", "0123456789+-*=,:", "--family", "mixtral",
+        "--num-layers", 2, "--hidden-size", 32, "--intermediate-size", 48, "--max-position-embeddings", 32,
+        "--no-tie-embeddings",
+    )  # fmt: skip
+    done = torchrun(
+        PROGRAM, *flags, "--hf-checkpoint", tmp_path / "moe", "--expert-model-parallel-size", 2, "--train-iters", 3,
+        "--use-distributed-optimizer", "--save-interval", 2, "--hf-export", tmp_path / "hf", num_ranks=2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    steps = metrics_of(tmp_path / "run")
+    assert len(steps) == 3 and all(math.isfinite(step["train/grad_norm"]) for step in steps)
+    assert steps[0]["train/log_prob_gap_mean"] < 1e-4
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("moe", "hf"))
+    assert before.keys() == after.keys()
+    assert [name for name in before if torch.equal(before[name], after[name])] == [], "not trained"
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import CONFIGS, save_model
+from hf_models import CONFIGS, CONFIGS_WITH_EXPERTS, save_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -44,6 +44,16 @@ def trained(source: Path) -> Tensors:
 
 def siblings(path: Path) -> set[str]:
     return {entry.name for entry in path.parent.iterdir()}
+
+
+def test_biases_of_experts_stay_float32(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", CONFIGS_WITH_EXPERTS["deepseek-v3"]())
+    tensors = load_file(source / "model.safetensors")
+    write_hf_folder(tmp_path / "hf", tensors.items(), source_folder=source, dtype=torch.bfloat16)
+    written = load_file(tmp_path / "hf" / "model.safetensors")
+    biases = [name for name in written if written[name].dtype is not torch.bfloat16]
+    assert biases == [f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in (1, 2)]
+    assert all(torch.equal(written[name], tensors[name]) for name in biases)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

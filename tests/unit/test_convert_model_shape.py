@@ -6,10 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import CONFIGS, LLAMA3_ROPE, SIZES
-from transformers import GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from hf_models import CONFIGS, CONFIGS_WITH_EXPERTS, DEEPSEEK_V3, LLAMA3_ROPE, QWEN3_MOE, SIZES, YARN
+from transformers import (
+    DeepseekV3Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from gft_megatron.convert import ModelShape
+from gft_megatron.convert.families import MoeShape
 
 
 def test_qwen2() -> None:
@@ -74,9 +87,30 @@ def rope(**changes: Any) -> dict[str, Any]:
         (LlamaConfig, rope(high_freq_factor=8.0), "high_freq_factor"),
         (LlamaConfig, rope(original_max_position_embeddings=4096), "original_max_position_embeddings"),
         (LlamaConfig, rope(partial_rotary_factor=0.5), "partial_rotary_factor"),
-        (Qwen3MoeConfig, {}, "'qwen3_moe'"),
-        (MistralConfig, {}, "'mistral'"),
-        (GemmaConfig, {}, "Qwen3ForCausalLM"),  # the message lists what is known
+        (Qwen3MoeConfig, {"attention_bias": True}, "attention_bias"),
+        (Qwen3MoeConfig, {**QWEN3_MOE, "num_experts_per_tok": 1, "norm_topk_prob": True}, "num_experts_per_tok 1 "),
+        (Qwen3MoeConfig, {**QWEN3_MOE, "num_experts_per_tok": 5}, "num_experts_per_tok 5"),
+        (Qwen3MoeConfig, {**QWEN3_MOE, "moe_intermediate_size": 0}, "moe_intermediate_size 0"),
+        (Qwen3MoeConfig, {**QWEN3_MOE, "num_experts": 0}, "num_local_experts 0"),
+        (Qwen3MoeConfig, {**QWEN3_MOE, "decoder_sparse_step": 0}, "decoder_sparse_step 0"),
+        (MixtralConfig, {"router_jitter_noise": 0.1}, "router_jitter_noise 0.1"),
+        (MixtralConfig, {"num_experts_per_tok": 1}, "num_experts_per_tok 1 "),
+        (MistralConfig, {"sliding_window": 0}, "sliding_window 0"),
+        (MistralConfig, {"layer_types": ["sliding_attention"] * 3}, "layer_types"),
+        (DeepseekV3Config, {**DEEPSEEK_V3, "num_mtp_layers": 1}, "num_nextn_predict_layers 1"),
+        (DeepseekV3Config, {**DEEPSEEK_V3, "num_experts_per_tok": 3}, "num_experts_per_tok 3, .* topk_group 2"),
+        (DeepseekV3Config, {**DEEPSEEK_V3, "norm_topk_prob": False}, "norm_topk_prob"),
+        (DeepseekV3Config, {**DEEPSEEK_V3, "topk_group": None}, "topk_group is null"),
+        (DeepseekV3Config, {**DEEPSEEK_V3, "kv_lora_rank": 0}, "kv_lora_rank 0"),
+        (DeepseekV3Config, {**DEEPSEEK_V3, "rope_interleave": False}, "rope_interleave"),
+        (DeepseekV3Config, {**DEEPSEEK_V3, "rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05"),
+        (DeepseekV3Config, {**DEEPSEEK_V3, "num_key_value_heads": 4}, "num_key_value_heads 4, expected 8"),
+        (DeepseekV3Config, {**DEEPSEEK_V3, "rope_parameters": {**YARN, "attention_factor": 2.0}}, "attention_factor"),
+        (DeepseekV3Config, {**DEEPSEEK_V3, **rope()}, "'llama3'"),
+        (GemmaConfig, {}, "'gemma': .* root of the width"),
+        (Gemma2Config, {}, "'gemma2': .*softcapping"),
+        (Gemma3TextConfig, {}, "'gemma3_text': .*two rope bases"),
+        (Qwen2MoeConfig, {}, "Qwen3MoeForCausalLM"),  # the message lists what is known
     ],
 )
 def test_refusals(config_class: type, changes: dict[str, Any], message: str) -> None:
@@ -90,6 +124,42 @@ def test_unused_sliding_window_is_accepted() -> None:
     """Released Qwen2.5 configurations name a window and do not use it."""
     config = Qwen2Config(use_sliding_window=False, sliding_window=64, max_window_layers=1, **SIZES)
     assert ModelShape.from_hf(config).num_layers == 3
+
+
+def test_sliding_window() -> None:
+    assert ModelShape.from_hf(CONFIGS["mistral"]()).sliding_window is None
+    assert ModelShape.from_hf(CONFIGS["mistral-window"]()).sliding_window == 9
+    assert ModelShape.from_hf(MistralConfig(sliding_window=256, **SIZES)).sliding_window is None  # all positions
+
+
+def test_experts() -> None:
+    assert ModelShape.from_hf(CONFIGS_WITH_EXPERTS["mixtral"]()).moe == MoeShape(
+        num_experts=4, ffn_hidden_size=80, router_topk=2, router_pre_softmax=False, layers=(True, True, True)
+    )
+    moe = ModelShape.from_hf(CONFIGS_WITH_EXPERTS["qwen3-moe-unequal"]()).moe
+    assert moe == MoeShape(
+        num_experts=4, ffn_hidden_size=48, router_topk=2, router_pre_softmax=True, layers=(False, True, False)
+    )
+    config = Qwen3MoeConfig(mlp_only_layers=[0, 2], norm_topk_prob=True, **QWEN3_MOE, **SIZES)
+    moe = ModelShape.from_hf(config).moe
+    assert (moe.layers, moe.router_pre_softmax) == ((False, True, False), False)
+    assert ModelShape.from_hf(Qwen3MoeConfig(mlp_only_layers=[0, 1, 2], **QWEN3_MOE, **SIZES)).moe is None
+
+
+def test_expert_parallel_sizes() -> None:
+    shape = ModelShape.from_hf(CONFIGS_WITH_EXPERTS["mixtral"]())  # 4 experts of width 80, 4 key-value heads
+    shape.check_tensor_parallel_size(4)
+    shape.check_expert_parallel_size(4)
+    shape.check_expert_tensor_parallel_size(5)
+    for check, size, flag in (
+        (shape.check_expert_parallel_size, 3, r"--expert-model-parallel-size 3 .*experts 4; allowed: \[1, 2, 4\]"),
+        (shape.check_expert_tensor_parallel_size, 3, "--expert-tensor-parallel-size 3 .*width 80; allowed"),
+        (ModelShape.from_hf(CONFIGS["qwen2"]()).check_expert_parallel_size, 2, "--expert-model-parallel-size 2.*none"),
+    ):
+        with pytest.raises(ValueError, match=flag.replace("none", "no experts")):
+            check(size)
+    moe_layers_only = ModelShape.from_hf(MixtralConfig(**{**SIZES, "intermediate_size": 81}))
+    moe_layers_only.check_tensor_parallel_size(2)  # no MLP is divided by it
 
 
 def test_tensor_parallel_sizes() -> None:

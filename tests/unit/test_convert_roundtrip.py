@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import CONFIGS, save_model
+from hf_models import CONFIGS, CONFIGS_WITH_EXPERTS, save_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,6 +26,11 @@ OF_FAMILY = {
     "qwen2": ["self_attention.linear_qkv.bias"],
     "qwen3": ["self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"],
     "llama": [],
+    "mistral": [],
+}
+EXPERTS = {
+    "local": "mlp.experts.local_experts.{e}.{linear}.weight",
+    "transformer-engine": "mlp.experts.{linear}.weight{e}",
 }
 
 
@@ -60,6 +65,37 @@ def test_every_tensor_comes_back(tmp_path: Path, model: str, tp_size: int, norms
     assert exported.keys() == saved.keys() == expected_hf_shapes(folder.shape).keys()
     for name, tensor in saved.items():
         assert torch.equal(exported[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+@pytest.mark.parametrize("model", CONFIGS_WITH_EXPERTS)
+def test_every_expert_comes_back(tmp_path: Path, model: str, kind: str) -> None:
+    folder = HfFolder(save_model(tmp_path / "hf", CONFIGS_WITH_EXPERTS[model]()))
+    saved = load_file(tmp_path / "hf" / "model.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == expected_hf_shapes(folder.shape)
+    exported: dict[str, Tensor] = {}
+    for layer, has_experts in enumerate(folder.shape.moe.layers):
+        norm = "pre_mlp_layernorm.weight" if has_experts or kind == "local" else "mlp.linear_fc1.layer_norm_weight"
+        names = [norm, "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"]
+        if has_experts:
+            linears = ("linear_fc1", "linear_fc2")
+            every = range(folder.shape.num_moe_experts)
+            experts = [EXPERTS[kind].format(e=e, linear=linear) for e in every for linear in linears]
+            names = [norm, "mlp.router.weight", *experts]
+            if folder.shape.moe.sigmoid:
+                names += ["mlp.router.expert_bias", *(f"mlp.shared_experts.{linear}.weight" for linear in linears)]
+        for name in (f"decoder.layers.{layer}.{name}" for name in names):
+            spec = tensor_spec(folder.shape, name)
+            assert spec.is_expert == (".experts." in name)
+            shards = shards_of(folder, name, 2, 0)[: 2 if spec.is_sharded else 1]
+            exported.update(merge_to_hf(folder.shape, name, shards))
+    in_mlp = {name for name in saved if ".mlp." in name or "sparse_moe" in name or "post_attention" in name}
+    assert exported.keys() == in_mlp
+    for name, tensor in exported.items():
+        assert torch.equal(tensor, saved[name]), name
+    with pytest.raises(ValueError, match="no tensor for"):  # a dense layer's, in one with experts or the other way
+        wrong = "mlp.linear_fc1.weight" if folder.shape.moe.layers[0] else "mlp.router.weight"
+        tensor_spec(folder.shape, f"decoder.layers.0.{wrong}")
 
 
 def test_bfloat16_in_several_files_keeps_its_bits(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ import asyncio
 import numpy as np
 import pytest
 import torch
+from hf_models import CONFIGS_WITH_EXPERTS, save_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from gft_megatron.groups import WeightSpan
@@ -129,6 +131,21 @@ def test_incomplete_weights_are_refused(model):
             engine.update_weights(((n, p) for n, p in model.named_parameters() if n != "model.norm.weight"), version=0)
         )
     assert engine.weight_version == -1
+
+
+@pytest.mark.parametrize("name", CONFIGS_WITH_EXPERTS)
+def test_experts_take_the_tensors_of_the_file(name, tmp_path):
+    folder = save_model(tmp_path, CONFIGS_WITH_EXPERTS[name]())
+    tensors = load_file(folder / "model.safetensors")
+    engine = LocalEngine(folder, eos_token_ids=[EOS], pad_token_id=PAD)
+    asyncio.run(engine.update_weights(tensors.items(), version=1))
+    expected = AutoModelForCausalLM.from_pretrained(folder)
+    taken = engine._model.state_dict()
+    for key, value in expected.state_dict().items():
+        assert torch.equal(taken[key], value), key
+    lacking = [(key, value) for key, value in tensors.items() if "layers.1." not in key or "experts.3." not in key]
+    with pytest.raises(EngineFailed, match=r"lacks \['model\.layers\.1\..*experts\.3\."):
+        asyncio.run(engine.update_weights(lacking, version=2))
 
 
 @pytest.mark.parametrize("prompt", [[40], [-1], [], [5] * 60])
