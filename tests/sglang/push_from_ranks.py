@@ -33,6 +33,7 @@ class Push:
     weights: Path
     """Hugging Face folder."""
     version: int
+    ep_size: int = 1
 
 
 async def server_log_probs(http: Http, url: str, tokens: list[int]) -> Tensor:  # [tokens - 1]
@@ -49,7 +50,11 @@ def push_from_ranks(
     """Writes OUT/VERSION.pt: what Megatron makes of the tokens, and each server after the push."""
     cpu.install()
     for push in pushes:
-        parallel = ParallelConfig(tensor_model_parallel_size=push.tp_size, pipeline_model_parallel_size=push.pp_size)
+        parallel = ParallelConfig(
+            tensor_model_parallel_size=push.tp_size,
+            pipeline_model_parallel_size=push.pp_size,
+            expert_model_parallel_size=push.ep_size,
+        )
         lay_out(parallel)
         seed_ranks(1)
         folder = HfFolder(push.weights)
