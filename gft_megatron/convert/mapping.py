@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -71,6 +72,43 @@ def expected_hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         for layer in (range(shape.num_layers) if "{i}" in entry.names[0] else (None,))
         for part, sizes in zip(entry.parts, _spec(shape, entry).part_shapes, strict=True)
     }
+
+
+def megatron_parameters(shape: ModelShape) -> list[str]:
+    """Every parameter of the whole model, under its name with the local layer spec; of tied embeddings only the one."""
+    return [
+        entry.names[0].format(i=layer)
+        for entry in dict.fromkeys(_entries(shape).values())
+        if not (entry.names[0] == OUTPUT_LAYER and shape.tie_word_embeddings)
+        for layer in (range(shape.num_layers) if "{i}" in entry.names[0] else (None,))
+    ]
+
+
+def checkpoint_place(shape: ModelShape, name: str) -> CheckpointPlace:
+    """Where a torch_dist checkpoint has the parameter.
+
+    Raises:
+        ValueError: no table has a parameter of this name.
+    """
+    entry, layer = _find(shape, name)
+    te_name = entry.names[-1]  # dist_checkpointing has Transformer Engine's names, whatever the model was built of
+    if layer is None:
+        return CheckpointPlace(te_name, te_name, (), ())
+    return CheckpointPlace(te_name.replace(".{i}.", "."), te_name.format(i=layer), (layer,), (shape.num_layers,))
+
+
+@dataclass(frozen=True)
+class CheckpointPlace:
+    """One tensor holds a parameter of all layers, stacked along its first axes; or each has a tensor of its own."""
+
+    stacked_key: str
+    """Where all layers are alike: sharded_state_dict in megatron/core/transformer/transformer_block.py."""
+    numbered_key: str
+    """Where they are not, and in checkpoints saved with singleton_local_shards."""
+    index: tuple[int, ...]
+    """Place along the first axes of the stacked tensor."""
+    axes: tuple[int, ...]
+    """Their sizes."""
 
 
 @functools.cache
