@@ -28,6 +28,7 @@ from gft_megatron.convert.hf_writer import copy_everything_but_weights
 from gft_megatron.convert.layout import TensorSpec, shard
 from gft_megatron.convert.mapping import (
     checkpoint_place,
+    extra_state_keys,
     hf_names_of,
     megatron_parameters,
     tensor_spec,
@@ -67,7 +68,13 @@ class HfToMegatron:
                 (folder.partial / HF_PART).mkdir()
                 (folder.partial / TRACKER).write_text("release")
                 copy_everything_but_weights(self.source.path, folder.partial / HF_PART, self.dtype)
-            write_torch_dist(folder.partial / "release", self.parts, workers=self.workers, progress=progress)
+            write_torch_dist(
+                folder.partial / "release",
+                self.parts,
+                empty_objects=extra_state_keys(self.source.shape),
+                workers=self.workers,
+                progress=progress,
+            )
             stored_parameters(folder.partial / "release", self.source.shape)
             folder.publish(
                 {

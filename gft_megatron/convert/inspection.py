@@ -46,7 +46,7 @@ def _describe_megatron(path: Path, with_tensors: bool) -> Iterator[str]:
     yield f"Megatron checkpoint {path}, torch_dist"
     yield f"model       {_counted(model.values())}"
     yield f"optimizer   {_counted(rest)}"
-    yield f"other       {folder.num_objects} objects that are no tensors"
+    yield f"other       {len(folder.objects)} objects that are no tensors"
     yield f"files       {len(files)}, {sum(file.stat().st_size for file in files if file.is_file()):,} bytes"
     if with_tensors:
         yield from (_line(key, tensor) for key, tensor in sorted(model.items()))

@@ -97,6 +97,24 @@ def checkpoint_place(shape: ModelShape, name: str) -> CheckpointPlace:
     return CheckpointPlace(te_name.replace(".{i}.", "."), te_name.format(i=layer), (layer,), (shape.num_layers,))
 
 
+def extra_state_keys(shape: ModelShape) -> list[str]:
+    """Objects beside the tensors that Megatron insists on: one for each module that may be Transformer Engine's.
+
+    They hold nothing unless a model is trained in FP8. Which modules ask for theirs depends on the layer spec and on
+    Transformer Engine's version, and nobody minds one too many.
+    """
+    places = [checkpoint_place(shape, name) for name in megatron_parameters(shape)]
+    keys = {}
+    for place in places:
+        modules = [place.stacked_key.rpartition(".")[0]]
+        if modules[0].endswith(".linear_qkv"):
+            modules.append(modules[0].removesuffix("linear_qkv") + "core_attention")
+        # dist_checkpointing/mapping.py, ShardedObject.unique_key
+        index, axes = (".".join(map(str, numbers)) for numbers in (place.index or (0,), place.axes or (1,)))
+        keys |= dict.fromkeys(f"{module}._extra_state/shard_{index}_{axes}" for module in modules)
+    return list(keys)
+
+
 @dataclass(frozen=True)
 class CheckpointPlace:
     """One tensor holds a parameter of all layers, stacked along its first axes; or each has a tensor of its own."""

@@ -134,7 +134,7 @@ class TorchDistFolder:
                 f"{path / CONFIG_FILE}: format {backend!r} version {version!r}, expected 'torch_dist' version 1"
             )
         self.tensors: dict[str, GlobalTensor] = {}
-        self.num_objects = 0
+        self.objects: set[str] = set()
         """What is no tensor: random states, extra states of modules."""
         self._boxes: dict[tuple[str, int], dict[tuple[int, ...], list[Box]]] = {}
         self._read_list()
@@ -149,7 +149,7 @@ class TorchDistFolder:
             places = self._places(state["storage_data"])
             for key, entry in state["state_dict_metadata"].items():
                 if entry.maker.name == "BytesStorageMetadata":
-                    self.num_objects += 1
+                    self.objects.add(key)
                 else:
                     self.tensors[key] = _global_tensor(key, entry, places)
         except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -50,11 +51,19 @@ class Part:
         return torch.Size(self.sizes).numel() * self.dtype.itemsize
 
 
-def write_torch_dist(folder: Path, parts: Sequence[Part], *, workers: int, progress: Callable[[int], None]) -> None:
+def write_torch_dist(
+    folder: Path,
+    parts: Sequence[Part],
+    *,
+    empty_objects: Sequence[str],
+    workers: int,
+    progress: Callable[[int], None],
+) -> None:
     """Write the parts, a file and more for each worker; a worker holds one part at a time.
 
     Args:
         folder: exists and is empty.
+        empty_objects: keys of objects that are None.
         progress: called with the bytes of each part that is written, by any worker.
 
     Raises:
@@ -73,7 +82,9 @@ def write_torch_dist(folder: Path, parts: Sequence[Part], *, workers: int, progr
         running = [pool.submit(work, number, own) for number, own in enumerate(divide(parts, workers))]
     written = [future.result() for future in running]
     with naming_the_disk(folder):
-        _ListWriter(folder, sync_files=False).finish(Metadata(_tensors(parts)), written)
+        written.append(_write_nothing(folder / f"__{workers}_0.distcp", empty_objects))
+        listed = {**_tensors(parts), **{key: BytesStorageMetadata() for key in empty_objects}}
+        _ListWriter(folder, sync_files=False).finish(Metadata(listed), written)
         # Version 3 is how query, key and value have been laid out since 2021; without it Megatron-LM would move them.
         common = {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": {"singleton_local_shards": False}}
         torch.save(common, folder / "common.pt")
@@ -127,6 +138,14 @@ def _write_part(path: Path, file: BinaryIO, part: Part) -> WriteResult:
             raise OSError(str(error).splitlines()[0]) from error
     length = file.tell() - start
     return WriteResult(MetadataIndex(part.key, part.offsets), length, _StorageInfo(path.name, start, length))
+
+
+def _write_nothing(path: Path, keys: Sequence[str]) -> list[WriteResult]:
+    """None, once for all keys, in the list that dist_checkpointing makes of an object's shards."""
+    with open(path, "wb") as file:
+        torch.save([None], file)
+        length = file.tell()
+    return [WriteResult(MetadataIndex(key), length, _StorageInfo(path.name, 0, length)) for key in keys]
 
 
 def _tensors(parts: Sequence[Part]) -> dict[str, TensorStorageMetadata]:
