@@ -24,7 +24,7 @@ from gft_megatron.convert.complete_folder import CompleteFolder, naming_the_disk
 from gft_megatron.convert.conversion_plan import HF_PART, Plan, Progress, check_workers, make_plan
 from gft_megatron.convert.families import Layout
 from gft_megatron.convert.hf_folder import HfFolder
-from gft_megatron.convert.hf_writer import copy_everything_but_weights
+from gft_megatron.convert.hf_writer import check_carried_files, copy_everything_but_weights
 from gft_megatron.convert.layout import TensorSpec, shard
 from gft_megatron.convert.mapping import (
     checkpoint_place,
@@ -110,6 +110,7 @@ def plan_hf_to_megatron(
     refuse_to_replace_what_is_not_ours(target.resolve(), flag="OUT")
     folder = HfFolder(source)
     folder.check_weights()
+    check_carried_files(source)
     shape = folder.shape
     shape.check_tensor_parallel_size(tp_size)
     if make_vocab_size_divisible_by < 1:

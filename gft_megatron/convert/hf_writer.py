@@ -104,6 +104,16 @@ def _layer_of(name: str) -> float:
     return int(number.group()) if number else float("-inf" if "embed" in name else "inf")
 
 
+def check_carried_files(source: Path) -> None:
+    """Refuse to carry what is not in the folder.
+
+    Raises:
+        ValueError: a file is a symbolic link out of `source`.
+    """
+    for name in ("config.json", *CARRIED_FILES):
+        refuse_to_leave(source, source / name)
+
+
 def copy_everything_but_weights(source: Path, target: Path, dtype: torch.dtype | None) -> None:
     """config.json, tokenizer, generation configuration, chat template and licence; never code.
 
@@ -111,10 +121,9 @@ def copy_everything_but_weights(source: Path, target: Path, dtype: torch.dtype |
         dtype: what config.json will say; None: what it says now.
 
     Raises:
-        ValueError: one of them is a symbolic link out of `source`.
+        ValueError: as `check_carried_files`.
     """
-    for name in ("config.json", *CARRIED_FILES):
-        refuse_to_leave(source, source / name)
+    check_carried_files(source)
     config = read_json(source / "config.json")
     if dtype is not None:
         for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}:  # transformers 5 and 4 have it so

@@ -17,7 +17,7 @@ from gft_megatron.convert.complete_folder import refuse_to_replace_what_is_not_o
 from gft_megatron.convert.conversion_plan import HF_PART, Plan, Progress, check_workers, make_plan
 from gft_megatron.convert.families import Layout
 from gft_megatron.convert.hf_folder import HfFolder
-from gft_megatron.convert.hf_writer import HfFolderWriter, plan_files
+from gft_megatron.convert.hf_writer import HfFolderWriter, check_carried_files, plan_files
 from gft_megatron.convert.mapping import (
     checkpoint_place,
     expected_hf_shapes,
@@ -112,6 +112,7 @@ def plan_megatron_to_hf(
         if not (config_folder / "config.json").is_file():
             raise ValueError(f"{checkpoint} has no {config_folder / 'config.json'}; give --hf-checkpoint")
     shape = HfFolder(config_folder).shape
+    check_carried_files(config_folder)
     parameters = stored_parameters(checkpoint, shape)
     dtypes = {
         hf_name: dtype or parameter.dtype
