@@ -6,6 +6,7 @@ at a time.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -63,13 +64,18 @@ class MegatronToHf:
             flag="OUT",
         ) as writer:
             failed = False
+            own = threading.local()
+            largest = max(parameter.nbytes for parameter in self.parameters.values())
 
             def convert(name: str) -> None:
                 nonlocal failed
                 if failed:
                     return
                 try:
-                    for hf_name, tensor in merge_to_hf(self.shape, name, [self.parameters[name].read()]):
+                    if not hasattr(own, "memory"):
+                        own.memory = torch.empty(largest, dtype=torch.uint8)
+                    whole = self.parameters[name].read(own.memory)
+                    for hf_name, tensor in merge_to_hf(self.shape, name, [whole]):
                         writer.add(hf_name, tensor)
                         progress(tensor.numel() * self.dtypes[hf_name].itemsize)
                 except BaseException:
@@ -120,15 +126,18 @@ def plan_megatron_to_hf(
         for hf_name in hf_names_of(shape, name)
     }
     hf_plan = plan_files(expected_hf_shapes(shape), dtypes, max_shard_bytes)
+    places = {name: hf_plan.tensors[hf_names_of(shape, name)[0]] for name in parameters}
+    in_order = sorted(parameters, key=lambda name: (places[name].path, places[name].offset))
     plan = make_plan(
         shape,
         Counter(dtypes.values()),
         num_bytes=hf_plan.num_bytes,
         padded=parameters[megatron_parameters(shape)[0]].shape[0],
-        memory=workers * 2 * max(torch.Size(p.shape).numel() * p.dtype.itemsize for p in parameters.values()),
+        memory=workers * 2 * max(parameter.nbytes for parameter in parameters.values()),
         target=target,
     )
-    return MegatronToHf(config_folder, target, shape, parameters, dtypes, max_shard_bytes, workers, plan)
+    ordered = {name: parameters[name] for name in in_order}
+    return MegatronToHf(config_folder, target, shape, ordered, dtypes, max_shard_bytes, workers, plan)
 
 
 def is_optimizer_state(key: str) -> bool:

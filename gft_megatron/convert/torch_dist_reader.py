@@ -104,13 +104,20 @@ class StoredParameter:
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
 
-    def read(self) -> Tensor:
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, memory: Tensor) -> Tensor:
         """All of it.
+
+        Args:
+            memory: at least `nbytes` of uint8, which the result is a view of: fresh pages cost as much as reading.
 
         Raises:
             ValueError, OSError: a file has changed or cannot be read.
         """
-        whole = torch.empty(self.shape, dtype=self.dtype)
+        whole = memory[: self.nbytes].view(self.dtype).view(self.shape)
         for piece in self.pieces:
             bounds = zip(piece.offsets, piece.stored.shape, strict=True)
             piece.stored.read_into(whole[tuple(slice(start, start + size) for start, size in bounds)])
