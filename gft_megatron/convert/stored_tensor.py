@@ -84,7 +84,7 @@ class StoredTensor:
             while done < len(wanted):
                 count = os.preadv(descriptor, [wanted[done : done + _BYTES_AT_ONCE]], self.offset + done)
                 if count == 0:
-                    raise ValueError(f"{self.path} ends at byte {self.offset + done}, in the middle of a tensor")
+                    raise ValueError(f"{self.path} has no byte {self.offset + done}; was it changed meanwhile?")
                 done += count
         finally:
             os.close(descriptor)
