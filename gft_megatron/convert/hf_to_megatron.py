@@ -27,7 +27,7 @@ from gft_megatron.convert.hf_folder import HfFolder
 from gft_megatron.convert.hf_writer import check_carried_files, copy_everything_but_weights
 from gft_megatron.convert.layout import TensorSpec, shard
 from gft_megatron.convert.mapping import (
-    checkpoint_place,
+    checkpoint_places,
     extra_state_keys,
     hf_names_of,
     megatron_parameters,
@@ -134,7 +134,7 @@ def _parts_of(
     folder: HfFolder, name: str, tp_size: int, padded_vocab_size: int, dtype: torch.dtype | None
 ) -> Iterator[Part]:
     """The boxes of one parameter: one for each tensor-parallel rank, of the gate and of the up projection apart."""
-    spec, place = tensor_spec(folder.shape, name), checkpoint_place(folder.shape, name)
+    spec, place = tensor_spec(folder.shape, name), checkpoint_places(folder.shape, name)[0]
     stored = [folder.stored[hf_name] for hf_name in hf_names_of(folder.shape, name)]
     found = {part.dtype for part in stored}
     if dtype is None and len(found) > 1:
@@ -144,7 +144,7 @@ def _parts_of(
     parts, whole = _by_rank(spec, stored, tp_size, padded_vocab_size)
     for offsets, sizes, read in parts:
         yield Part(
-            key=place.stacked_key,
+            key=place.key,
             shape=(*place.axes, *whole),
             offsets=(*place.index, *offsets),
             sizes=(*(1 for _ in place.axes), *sizes),

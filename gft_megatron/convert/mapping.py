@@ -84,8 +84,8 @@ def megatron_parameters(shape: ModelShape) -> list[str]:
     ]
 
 
-def checkpoint_place(shape: ModelShape, name: str) -> CheckpointPlace:
-    """Where a torch_dist checkpoint has the parameter.
+def checkpoint_places(shape: ModelShape, name: str) -> tuple[CheckpointPlace, ...]:
+    """Where a torch_dist checkpoint may have the parameter; the first is where both Megatrons that we know write it.
 
     Raises:
         ValueError: no table has a parameter of this name.
@@ -93,8 +93,13 @@ def checkpoint_place(shape: ModelShape, name: str) -> CheckpointPlace:
     entry, layer = _find(shape, name)
     te_name = entry.names[-1]  # dist_checkpointing has Transformer Engine's names, whatever the model was built of
     if layer is None:
-        return CheckpointPlace(te_name, te_name, (), ())
-    return CheckpointPlace(te_name.replace(".{i}.", "."), te_name.format(i=layer), (layer,), (shape.num_layers,))
+        return (CheckpointPlace(te_name, (), ()),)
+    return (
+        # All layers alike: sharded_state_dict in megatron/core/transformer/transformer_block.py.
+        CheckpointPlace(te_name.replace(".{i}.", "."), (layer,), (shape.num_layers,)),
+        # Layers that differ, and whatever is saved with singleton_local_shards.
+        CheckpointPlace(te_name.format(i=layer), (), ()),
+    )
 
 
 def extra_state_keys(shape: ModelShape) -> list[str]:
@@ -103,10 +108,10 @@ def extra_state_keys(shape: ModelShape) -> list[str]:
     They hold nothing unless a model is trained in FP8. Which modules ask for theirs depends on the layer spec and on
     Transformer Engine's version, and nobody minds one too many.
     """
-    places = [checkpoint_place(shape, name) for name in megatron_parameters(shape)]
-    keys = {}
-    for place in places:
-        modules = [place.stacked_key.rpartition(".")[0]]
+    keys: dict[str, None] = {}
+    for name in megatron_parameters(shape):
+        place = checkpoint_places(shape, name)[0]
+        modules = [place.key.rpartition(".")[0]]
         if modules[0].endswith(".linear_qkv"):
             modules.append(modules[0].removesuffix("linear_qkv") + "core_attention")
         # dist_checkpointing/mapping.py, ShardedObject.unique_key
@@ -117,14 +122,11 @@ def extra_state_keys(shape: ModelShape) -> list[str]:
 
 @dataclass(frozen=True)
 class CheckpointPlace:
-    """One tensor holds a parameter of all layers, stacked along its first axes; or each has a tensor of its own."""
+    """A tensor of a checkpoint; those that are alike are stacked along its first axes."""
 
-    stacked_key: str
-    """Where all layers are alike: sharded_state_dict in megatron/core/transformer/transformer_block.py."""
-    numbered_key: str
-    """Where they are not, and in checkpoints saved with singleton_local_shards."""
+    key: str
     index: tuple[int, ...]
-    """Place along the first axes of the stacked tensor."""
+    """Place along the first axes."""
     axes: tuple[int, ...]
     """Their sizes."""
 

@@ -20,7 +20,7 @@ from gft_megatron.convert.families import Layout
 from gft_megatron.convert.hf_folder import HfFolder
 from gft_megatron.convert.hf_writer import HfFolderWriter, check_carried_files, plan_files
 from gft_megatron.convert.mapping import (
-    checkpoint_place,
+    checkpoint_places,
     expected_hf_shapes,
     hf_names_of,
     megatron_parameters,
@@ -161,23 +161,20 @@ def stored_parameters(checkpoint: Path, shape: ModelShape) -> dict[str, StoredPa
 
 
 def _find(folder: TorchDistFolder, shape: ModelShape, name: str, used: set[str]) -> StoredParameter:
-    """The parameter, whichever way the checkpoint has it: stacked, numbered, numbered with the gate apart."""
-    place, spec = checkpoint_place(shape, name), tensor_spec(shape, name)
-    apart = tuple(place.numbered_key + suffix for suffix in ("_w", "_v")) if spec.layout is Layout.GATED else ()
-    if place.stacked_key in folder.tensors:
-        keys, index = (place.stacked_key,), place.index
-    elif apart and apart[0] in folder.tensors:
-        keys, index = apart, ()
-    else:
-        keys, index = (place.numbered_key,), ()
+    """The parameter, whichever way the checkpoint has it: stacked, numbered, or with the gate apart."""
+    places, spec = checkpoint_places(shape, name), tensor_spec(shape, name)
+    place = next((place for place in places if place.key in folder.tensors), places[-1])
+    keys: tuple[str, ...] = (place.key,)
+    if spec.layout is Layout.GATED and place.key + "_w" in folder.tensors:
+        keys = (place.key + "_w", place.key + "_v")
     rows = sum(part[0] for part in spec.part_shapes) // len(keys)
-    expected = (*place.axes[: len(index)], rows, *spec.part_shapes[0][1:])
+    expected = (*place.axes, rows, *spec.part_shapes[0][1:])
     halves = []
     for key in keys:
         tensor = folder.tensors.get(key)
         if tensor is None:
-            names = dict.fromkeys((place.stacked_key, place.numbered_key))
-            raise ValueError(f"{folder.path}: no tensor {' or '.join(map(repr, names))}")
+            names = " or ".join(repr(place.key) for place in places)
+            raise ValueError(f"{folder.path}: no tensor {names}")
         is_padded = spec.layout is Layout.VOCAB and tensor.shape[:1] > expected[:1]
         if tensor.shape != expected and not (is_padded and tensor.shape[1:] == expected[1:]):
             raise ValueError(
@@ -185,7 +182,7 @@ def _find(folder: TorchDistFolder, shape: ModelShape, name: str, used: set[str])
             )
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{folder.path}: tensor {key!r} has {tensor.dtype}, expected float32, bfloat16 or float16")
-        halves.append(folder.parameter(key, index))
+        halves.append(folder.parameter(key, place.index))
         used.add(key)
     return halves[0] if len(halves) == 1 else _stacked(halves)
 
