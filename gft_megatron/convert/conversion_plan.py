@@ -33,7 +33,7 @@ class Plan:
     num_bytes: int
     """Of weights, written."""
     dtypes: dict[str, int]
-    """Name -> parameters that are written in it."""
+    """Name -> tensors of the output in it."""
     vocab_size: int
     padded_vocab_size: int
     memory: int

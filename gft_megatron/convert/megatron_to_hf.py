@@ -63,13 +63,12 @@ class MegatronToHf:
             max_shard_bytes=self.max_shard_bytes,
             flag="OUT",
         ) as writer:
-            failed = False
             own = threading.local()
+            stop = threading.Event()
             largest = max(parameter.nbytes for parameter in self.parameters.values())
 
             def convert(name: str) -> None:
-                nonlocal failed
-                if failed:
+                if stop.is_set():
                     return
                 try:
                     if not hasattr(own, "memory"):
@@ -79,13 +78,17 @@ class MegatronToHf:
                         writer.add(hf_name, tensor)
                         progress(tensor.numel() * self.dtypes[hf_name].itemsize)
                 except BaseException:
-                    failed = True
+                    stop.set()
                     raise
 
             with ThreadPoolExecutor(self.workers) as pool:
                 running = [pool.submit(convert, name) for name in self.parameters]
-            for future in running:
-                future.result()
+                try:
+                    for future in running:
+                        future.result()
+                except BaseException:  # an interrupt too
+                    stop.set()
+                    raise
             writer.publish()
 
 

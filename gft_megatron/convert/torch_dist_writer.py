@@ -80,7 +80,11 @@ def write_torch_dist(
 
     with ThreadPoolExecutor(workers) as pool:
         running = [pool.submit(work, number, own) for number, own in enumerate(divide(parts, workers))]
-    written = [future.result() for future in running]
+        try:
+            written = [future.result() for future in running]
+        except BaseException:  # an interrupt too
+            stop.set()
+            raise
     with naming_the_disk(folder):
         written.append(_write_nothing(folder / f"__{workers}_0.distcp", empty_objects))
         listed = {**_tensors(parts), **{key: BytesStorageMetadata() for key in empty_objects}}
