@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gft_megatron.command_line import save_config
 from gft_megatron.config import RunConfig
+from gft_megatron.convert.complete_folder import refuse_to_replace_what_is_not_ours
 from gft_megatron.convert.hf_folder import HfFolder
-from gft_megatron.convert.hf_writer import refuse_to_replace_what_is_not_ours
 from gft_megatron.convert.model_shape import ModelShape
 from gft_megatron.data.order import PromptOrder
 from gft_megatron.data.prompts import PromptStoreInfo, prepare_prompts
@@ -262,7 +262,7 @@ def _find_start(config: RunConfig, run_dir: Path) -> tuple[Path | None, str | No
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.yaml")
     if config.model.hf_export is not None:
-        refuse_to_replace_what_is_not_ours(Path(config.model.hf_export).resolve())
+        refuse_to_replace_what_is_not_ours(Path(config.model.hf_export).resolve(), flag="--hf-export")
     found = find_checkpoint(config.checkpoint_dir)
     if found[0] is None and config.output.load is not None:
         found = find_checkpoint(Path(config.output.load))
