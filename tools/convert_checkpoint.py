@@ -3,6 +3,7 @@
 
 python tools/convert_checkpoint.py hf-to-megatron Qwen2.5-1.5B megatron/ --tensor-model-parallel-size 2
 python tools/convert_checkpoint.py megatron-to-hf runs/mine/checkpoints hf/ --hf-checkpoint Qwen2.5-1.5B
+python tools/convert_checkpoint.py verify Qwen2.5-1.5B megatron/ --tensor-model-parallel-size 2
 python tools/convert_checkpoint.py inspect megatron/
 
 The output folder is complete or absent, whenever the program ends. --dry-run says what would be written, and checks the
@@ -18,6 +19,7 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
+from conversion.verify import Unequal, Verify, verify
 
 from gft_megatron.command_line import parse_flags
 from gft_megatron.convert.conversion_plan import Plan
@@ -100,7 +102,7 @@ class Inspect:
     """List every tensor of the model."""
 
 
-COMMANDS = {"hf-to-megatron": ToMegatron, "megatron-to-hf": ToHf, "inspect": Inspect}
+COMMANDS = {"hf-to-megatron": ToMegatron, "megatron-to-hf": ToHf, "verify": Verify, "inspect": Inspect}
 
 
 def _dtype(name: Dtype) -> torch.dtype | None:
@@ -146,9 +148,11 @@ def main() -> None:
         if isinstance(settings, Inspect):
             for line in describe(settings.path, with_tensors=settings.tensors):
                 print(inert(line))
+        elif isinstance(settings, Verify):
+            verify(settings)
         else:
             convert(settings)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, Unequal) as error:
         raise SystemExit(f"error: {inert(' '.join(str(error).split()))}") from None
 
 
