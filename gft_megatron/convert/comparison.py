@@ -72,4 +72,4 @@ def _largest_difference(one: Tensor, other: Tensor) -> float:
     """Infinite where only one of them is NaN; 0 for zeros of different sign."""
     difference = (one.double() - other.double()).abs()
     difference[one.isnan() & other.isnan() | (one == other)] = 0.0
-    return float(difference.nan_to_num(nan=torch.inf).max())
+    return float(difference.masked_fill_(difference.isnan(), torch.inf).max())

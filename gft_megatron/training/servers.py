@@ -123,11 +123,11 @@ def _options(config: RunConfig, engine: EngineConfig) -> LaunchOptions:
         )
     arguments = ["--dtype", "bfloat16" if config.model.bf16 else "float32"]
     arguments += ["--random-seed", str(config.optimizer.seed)]
-    if config.model.random_init:
+    if config.model.random_init or config.model.pretrained_checkpoint is not None:
         arguments += [
             "--load-format",
             "dummy",
-        ]  # its folder has no weights; a server has the trainer's before it serves
+        ]  # its folder may have no weights; a server has the trainer's before it serves
     if engine.colocate and torch.cuda.is_available():
         arguments.append("--enable-memory-saver")
     several_nodes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < dist.get_world_size()

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from gft_megatron.config import ModelConfig, ParallelConfig
 from gft_megatron.convert.hf_folder import HfFolder
@@ -94,6 +95,7 @@ def compare_logits(
 
 def transformers_logits(folder: HfFolder, tokens: Tensor, dtype: torch.dtype) -> Tensor:  # [b, s] -> [b, s, v]
     """What transformers makes of the same tokens, computed in `dtype` on their device."""
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         folder.path, dtype=dtype, attn_implementation="eager", local_files_only=True, trust_remote_code=False,
         use_safetensors=True,
@@ -104,7 +106,8 @@ def transformers_logits(folder: HfFolder, tokens: Tensor, dtype: torch.dtype) ->
 
 def compared(found: Tensor, expected: Tensor) -> LogitsCompared:  # [b, s, v] each
     """Compare logits."""
-    difference = (found.double() - expected.double()).abs().nan_to_num(nan=torch.inf)
+    difference = (found.double() - expected.double()).abs()
+    difference.masked_fill_(difference.isnan(), torch.inf)
     worst = int(difference.argmax())
     place = [int(index) for index in torch.unravel_index(torch.tensor(worst), difference.shape)]
     return LogitsCompared(

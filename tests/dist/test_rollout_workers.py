@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 from ranks import run_on_ranks
-from transformers import PreTrainedTokenizerFast
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from gft_megatron.config import ParallelConfig
 from gft_megatron.data.order import PromptOrder
