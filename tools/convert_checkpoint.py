@@ -46,6 +46,8 @@ class ToMegatron:
     """Pad the vocabulary to a multiple of this times the tensor-parallel size. Training has a flag of this name."""
     dtype: Dtype = "stored"
     """What the weights are written in."""
+    lora_adapter: Path | None = None
+    """Merge this LoRA adapter, a folder as PEFT's save_pretrained writes it, into the weights."""
     workers: int = 2
     """Threads, each with a file of its own."""
     dry_run: bool = False
@@ -59,6 +61,7 @@ class ToMegatron:
             make_vocab_size_divisible_by=self.make_vocab_size_divisible_by,
             dtype=_dtype(self.dtype),
             workers=self.workers,
+            lora_adapter=self.lora_adapter,
         )
 
 

@@ -52,8 +52,9 @@ class WeightsToCompare:
         """
         num_tensors = 0
         different: dict[str, float] = {}
+        memory = torch.empty(max(parameter.nbytes for parameter in self._parameters.values()), dtype=torch.uint8)
         for name, parameter in self._parameters.items():
-            for hf_name, found in merge_to_hf(self._folder.shape, name, [parameter.read()]):
+            for hf_name, found in merge_to_hf(self._folder.shape, name, [parameter.read(memory)]):
                 expected = self._folder.tensor(hf_name)
                 progress(expected.nbytes)
                 num_tensors += 1
