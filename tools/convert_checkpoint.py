@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
+from conversion import bridge
 from conversion.verify import Unequal, Verify, verify
 
 from gft_megatron.command_line import parse_flags
@@ -50,6 +51,8 @@ class ToMegatron:
     """Merge this LoRA adapter, a folder as PEFT's save_pretrained writes it, into the weights."""
     workers: int = 2
     """Threads, each with a file of its own."""
+    backend: Literal["tables", "bridge"] = "tables"
+    """Who converts: our own tables, or Megatron-Bridge, which is told only the folders."""
     dry_run: bool = False
     """Check the input and say what would be written; write nothing."""
 
@@ -81,6 +84,8 @@ class ToHf:
     """What the weights are written in."""
     workers: int = 2
     """Threads."""
+    backend: Literal["tables", "bridge"] = "tables"
+    """Who converts: our own tables, or Megatron-Bridge, which is told only the folders."""
     dry_run: bool = False
     """Check the input and say what would be written; write nothing."""
 
@@ -114,6 +119,9 @@ def _dtype(name: Dtype) -> torch.dtype | None:
 
 def convert(settings: ToMegatron | ToHf) -> None:
     """Plan, say so, and write."""
+    if settings.backend == "bridge":
+        convert_by_bridge(settings)
+        return
     conversion = settings.plan()
     for line in _told(conversion.plan):
         print(line, flush=True)
@@ -123,6 +131,17 @@ def convert(settings: ToMegatron | ToHf) -> None:
         return
     with transfer("written", conversion.plan.num_bytes, sys.stdout) as progress:
         conversion.run(progress)
+    print(f"{inert(str(settings.out))} is complete")
+
+
+def convert_by_bridge(settings: ToMegatron | ToHf) -> None:
+    """What Megatron-Bridge does of it."""
+    if settings.dry_run:
+        raise ValueError("--backend bridge has no --dry-run")
+    if isinstance(settings, ToMegatron):
+        bridge.import_checkpoint(settings.source, settings.out)
+    else:
+        bridge.export_checkpoint(settings.source, settings.out, settings.hf_checkpoint)
     print(f"{inert(str(settings.out))} is complete")
 
 
