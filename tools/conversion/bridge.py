@@ -43,6 +43,7 @@ def _auto_bridge() -> Any:
         from megatron.bridge import AutoBridge
     except ImportError as error:
         raise ValueError(
-            f"--backend bridge needs Megatron-Bridge (pip install megatron-bridge), Transformer Engine and a GPU: {error}"
+            "--backend bridge needs Megatron-Bridge (pip install megatron-bridge), Transformer Engine and a GPU: "
+            f"{error}"
         ) from error
     return AutoBridge
