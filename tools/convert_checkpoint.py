@@ -3,6 +3,7 @@
 
 python tools/convert_checkpoint.py hf-to-megatron Qwen2.5-1.5B megatron/ --tensor-model-parallel-size 2
 python tools/convert_checkpoint.py megatron-to-hf runs/mine/checkpoints hf/ --hf-checkpoint Qwen2.5-1.5B
+python tools/convert_checkpoint.py verify Qwen2.5-1.5B megatron/ --tensor-model-parallel-size 2
 python tools/convert_checkpoint.py inspect megatron/
 
 The output folder is complete or absent, whenever the program ends. --dry-run says what would be written, and checks the
@@ -18,6 +19,8 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
+from conversion import bridge
+from conversion.verify import Unequal, Verify, verify
 
 from gft_megatron.command_line import parse_flags
 from gft_megatron.convert.conversion_plan import Plan
@@ -44,8 +47,12 @@ class ToMegatron:
     """Pad the vocabulary to a multiple of this times the tensor-parallel size. Training has a flag of this name."""
     dtype: Dtype = "stored"
     """What the weights are written in."""
+    lora_adapter: Path | None = None
+    """Merge this LoRA adapter, a folder as PEFT's save_pretrained writes it, into the weights."""
     workers: int = 2
     """Threads, each with a file of its own."""
+    backend: Literal["tables", "bridge"] = "tables"
+    """Who converts: our own tables, or Megatron-Bridge, which is told only the folders."""
     dry_run: bool = False
     """Check the input and say what would be written; write nothing."""
 
@@ -57,6 +64,7 @@ class ToMegatron:
             make_vocab_size_divisible_by=self.make_vocab_size_divisible_by,
             dtype=_dtype(self.dtype),
             workers=self.workers,
+            lora_adapter=self.lora_adapter,
         )
 
 
@@ -76,6 +84,8 @@ class ToHf:
     """What the weights are written in."""
     workers: int = 2
     """Threads."""
+    backend: Literal["tables", "bridge"] = "tables"
+    """Who converts: our own tables, or Megatron-Bridge, which is told only the folders."""
     dry_run: bool = False
     """Check the input and say what would be written; write nothing."""
 
@@ -100,7 +110,7 @@ class Inspect:
     """List every tensor of the model."""
 
 
-COMMANDS = {"hf-to-megatron": ToMegatron, "megatron-to-hf": ToHf, "inspect": Inspect}
+COMMANDS = {"hf-to-megatron": ToMegatron, "megatron-to-hf": ToHf, "verify": Verify, "inspect": Inspect}
 
 
 def _dtype(name: Dtype) -> torch.dtype | None:
@@ -109,6 +119,9 @@ def _dtype(name: Dtype) -> torch.dtype | None:
 
 def convert(settings: ToMegatron | ToHf) -> None:
     """Plan, say so, and write."""
+    if settings.backend == "bridge":
+        convert_by_bridge(settings)
+        return
     conversion = settings.plan()
     for line in _told(conversion.plan):
         print(line, flush=True)
@@ -118,6 +131,17 @@ def convert(settings: ToMegatron | ToHf) -> None:
         return
     with transfer("written", conversion.plan.num_bytes, sys.stdout) as progress:
         conversion.run(progress)
+    print(f"{inert(str(settings.out))} is complete")
+
+
+def convert_by_bridge(settings: ToMegatron | ToHf) -> None:
+    """What Megatron-Bridge does of it."""
+    if settings.dry_run:
+        raise ValueError("--backend bridge has no --dry-run")
+    if isinstance(settings, ToMegatron):
+        bridge.import_checkpoint(settings.source, settings.out)
+    else:
+        bridge.export_checkpoint(settings.source, settings.out, settings.hf_checkpoint)
     print(f"{inert(str(settings.out))} is complete")
 
 
@@ -146,9 +170,11 @@ def main() -> None:
         if isinstance(settings, Inspect):
             for line in describe(settings.path, with_tensors=settings.tensors):
                 print(inert(line))
+        elif isinstance(settings, Verify):
+            verify(settings)
         else:
             convert(settings)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, Unequal) as error:
         raise SystemExit(f"error: {inert(' '.join(str(error).split()))}") from None
 
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from gft_megatron.convert.families import family_of
 from gft_megatron.convert.layout import shard
+from gft_megatron.convert.lora import AdaptedTensor, with_adapter
 from gft_megatron.convert.mapping import expected_hf_shapes, hf_names_of, tensor_spec
 from gft_megatron.convert.model_shape import ModelShape
 from gft_megatron.convert.stored_tensor import StoredTensor
@@ -30,13 +31,17 @@ _MOST_LAYERS = 10_000
 class HfFolder:
     """A model folder. `config` and `shape` are read at once; the weights need not be there until one is asked for."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, lora_adapter: Path | None = None) -> None:
         """Open the folder.
+
+        Args:
+            lora_adapter: folder of an adapter, see lora.py, that is merged into the weights as they are read.
 
         Raises:
             ValueError: no usable config.json, or a model that we cannot convert; one line, naming the file.
         """
         self.path = Path(path)
+        self._lora_adapter = lora_adapter
         self.config = _read_config(self.path / "config.json")
         try:
             self.shape = ModelShape.from_hf(self.config)
@@ -77,7 +82,7 @@ class HfFolder:
         return self.stored[hf_name][:]
 
     @cached_property
-    def stored(self) -> Mapping[str, StoredTensor]:
+    def stored(self) -> Mapping[str, StoredTensor | AdaptedTensor]:
         """Where each tensor of this model lies, by its Hugging Face name.
 
         Raises:
@@ -106,7 +111,8 @@ class HfFolder:
         for name in expected:
             if name not in found:
                 raise ValueError(f"{self.path}: no file holds tensor {name!r}")
-        return {name: found[name] for name in expected}
+        weights = {name: found[name] for name in expected}
+        return weights if self._lora_adapter is None else with_adapter(weights, self._lora_adapter)
 
 
 def _read_config(path: Path) -> PreTrainedConfig:

@@ -27,6 +27,7 @@ from gft_megatron.convert.families.tables import dtype_kept
 from gft_megatron.convert.hf_folder import HfFolder
 from gft_megatron.convert.hf_writer import check_carried_files, copy_everything_but_weights
 from gft_megatron.convert.layout import TensorSpec, shard
+from gft_megatron.convert.lora import AdaptedTensor
 from gft_megatron.convert.mapping import (
     checkpoint_places,
     extra_state_keys,
@@ -96,6 +97,7 @@ def plan_hf_to_megatron(
     make_vocab_size_divisible_by: int,
     dtype: torch.dtype | None,
     workers: int,
+    lora_adapter: Path | None = None,
 ) -> HfToMegatron:
     """Read and check the headers of a Hugging Face folder.
 
@@ -103,13 +105,14 @@ def plan_hf_to_megatron(
         tp_size: how tensors are cut up, so that a rank reads no more than its own. Every other size loads too.
         make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times `tp_size`.
         dtype: of all weights; None: each as it is stored.
+        lora_adapter: a folder in PEFT's format, merged into the weights.
 
     Raises:
         ValueError: the first thing wrong; one line, naming the file and the tensor.
     """
     check_workers(workers)
     refuse_to_replace_what_is_not_ours(target.resolve(), flag="OUT")
-    folder = HfFolder(source)
+    folder = HfFolder(source, lora_adapter=lora_adapter)
     folder.check_weights()
     check_carried_files(source)
     shape = folder.shape
@@ -156,7 +159,7 @@ def _parts_of(
 
 
 def _by_rank(
-    spec: TensorSpec, stored: list[StoredTensor], tp_size: int, padded_vocab_size: int
+    spec: TensorSpec, stored: list[StoredTensor | AdaptedTensor], tp_size: int, padded_vocab_size: int
 ) -> tuple[list[tuple[Sizes, Sizes, Callable[[], Tensor]]], Sizes]:
     """(Offsets, sizes, reader) of each rank's box, and the shape of the whole parameter."""
     rows, *columns = spec.part_shapes[0]

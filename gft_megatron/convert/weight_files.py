@@ -37,7 +37,7 @@ def open_weight_files(folder: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for path, listed_names in _files_and_their_names(folder).items():
         refuse_to_leave(folder, path)
-        in_file = _tensors_in(path)
+        in_file = tensors_in(path)
         if listed_names is not None:
             _check_index(path, in_file.keys(), listed_names)
         tensors |= in_file
@@ -108,7 +108,12 @@ def _read_index(index: Path) -> dict[Path, set[str] | None]:
     return files
 
 
-def _tensors_in(path: Path) -> dict[str, StoredTensor]:
+def tensors_in(path: Path) -> dict[str, StoredTensor]:
+    """Tensor name -> where it lies, of one file.
+
+    Raises:
+        ValueError: as `open_weight_files`.
+    """
     header = _checked_header(path)
     tensors = {}
     for name, entry in header.items():

@@ -17,40 +17,15 @@ os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # Inductor takes minutes fo
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-from torch import Tensor, nn
 from worlds import run_in_worlds
 
 from gft_megatron.config import ModelConfig, ParallelConfig
 from gft_megatron.convert import HfFolder
 from gft_megatron.training import cpu
 from gft_megatron.training import model as models
+from gft_megatron.training.logits import logits_of
 from gft_megatron.training.parallel import lay_out, seed_ranks
 from gft_megatron.training.weights import export_hf_folder, load_hf_weights
-
-
-def logits_of(chunks: list[nn.Module], tokens: Tensor) -> Tensor | None:  # [b, s] -> [b, s, padded vocabulary]
-    """One forward pass through all stages; None but on the last."""
-
-    def forward_step(_, model: nn.Module) -> tuple:
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        return model(tokens, positions, None), whole
-
-    def whole(logits: Tensor, non_loss_data: bool) -> Tensor:
-        return gather_from_tensor_model_parallel_region(logits)
-
-    collected = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[None] * len(chunks) if len(chunks) > 1 else None,
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=1,
-        seq_length=tokens.shape[1],
-        micro_batch_size=tokens.shape[0],
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
-    return collected[0] if collected else None
 
 
 def sizes(layout: str) -> tuple[int, int, int, int]:
