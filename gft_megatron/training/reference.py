@@ -21,6 +21,7 @@ from gft_megatron.training.model import gather_updated_parameters
 from gft_megatron.training.parallel import is_last_stage
 from gft_megatron.training.passes import Chunks
 from gft_megatron.training.step import Objective, StepInput, forward_only
+from gft_megatron.training.weights import global_parameters
 
 
 class Reference:
@@ -31,7 +32,7 @@ class Reference:
         Args:
             load: fills the chunks with the reference's weights; their own are put back.
         """
-        self._parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+        self._parameters = [parameter for chunk in chunks for _, parameter in global_parameters(chunk)]
         policy = self._copies()
         load()
         self._weights = self._copies()

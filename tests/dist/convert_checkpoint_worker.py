@@ -8,7 +8,6 @@ Reads DIR/hf and DIR/megatron of each folder; writes OUT/LAYOUT/NAME/iter_000000
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from torch import nn
+from layouts import by_num_ranks, is_for, parallel_of
 from worlds import run_in_worlds
 
 from gft_megatron.config import ModelConfig, ParallelConfig
@@ -25,14 +25,15 @@ from gft_megatron.convert.torch_dist_reader import TorchDistFolder
 from gft_megatron.training import cpu
 from gft_megatron.training import model as models
 from gft_megatron.training.parallel import lay_out, seed_ranks
-from gft_megatron.training.weights import load_hf_weights
+from gft_megatron.training.weights import global_parameters, load_hf_weights
 
-# Newer Megatron-LM saves so: the layer's number in the name, gate and up projection apart.
-SINGLETON_LAYOUT = "2x2"
+# Newer Megatron-LM saves so: the numbers of layer and expert in the name, gate and up projection apart.
+SINGLETON_LAYOUTS = ("2x2", "2x2x2")
 
 
 def build(folder: HfFolder, parallel: ParallelConfig) -> tuple[nn.Module, int]:
-    settings = ModelConfig(hf_checkpoint=str(folder.path), make_vocab_size_divisible_by=64)
+    bf16 = folder.shape.dtype is torch.bfloat16
+    settings = ModelConfig(hf_checkpoint=str(folder.path), bf16=bf16, make_vocab_size_divisible_by=64)
     config = models.transformer_config(folder.shape, settings, parallel, {})
     vocab_size = models.padded_vocab_size(folder.shape, settings, parallel)
     (model,) = models.build_chunks(
@@ -65,12 +66,13 @@ def check_list(model: nn.Module, release: Path) -> None:
 
 
 def run_layout(layout: str, paths: list[Path], out: Path) -> None:
-    tp_size, pp_size = map(int, layout.split("x"))
-    parallel = ParallelConfig(tensor_model_parallel_size=tp_size, pipeline_model_parallel_size=pp_size)
+    parallel = parallel_of(layout)
     lay_out(parallel)
     seed_ranks(1)
     for path in paths:
         folder = HfFolder(path / "hf")
+        if not is_for(layout, folder.shape):
+            continue
         expected, vocab_size = build(folder, parallel)
         load_hf_weights([expected], folder, padded_vocab_size=vocab_size)
         model, _ = build(folder, parallel)
@@ -79,15 +81,16 @@ def run_layout(layout: str, paths: list[Path], out: Path) -> None:
         assert loaded["checkpoint_version"] == 3.0
         model.load_state_dict({name: value for name, value in loaded.items() if name in model.state_dict()})
         for (name, mine), (other, theirs) in zip(
-            model.named_parameters(), expected.named_parameters(), strict=True
+            global_parameters(model), global_parameters(expected), strict=True
         ):
-            assert name == other and torch.equal(mine, theirs), f"{path.name} {layout} {name}"
+            assert name == other and mine.dtype is theirs.dtype, f"{path.name} {layout} {name}"
+            assert torch.equal(mine, theirs), f"{path.name} {layout} {name}"
         target = out / layout / path.name / "iter_0000003"
         if dist.get_rank() == 0:
             target.mkdir(parents=True)
             (target.parent / "latest_checkpointed_iteration.txt").write_text("3")
         dist.barrier()
-        metadata = {"singleton_local_shards": layout == SINGLETON_LAYOUT}
+        metadata = {"singleton_local_shards": layout in SINGLETON_LAYOUTS}
         metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
         # Keys of an optimizer are none of the model's business.
         moments = ShardedTensor.from_rank_offsets("optimizer.state.exp_avg.x", torch.ones(4), replica_id=dist.get_rank())
@@ -100,13 +103,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folders", nargs="+", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--layouts", nargs="+", required=True, help="TPxPP")
+    parser.add_argument("--layouts", nargs="+", required=True, help="see layouts.py")
     arguments = parser.parse_args()
     cpu.install()
     torch.set_num_threads(1)
-    jobs = {}
-    for layout in arguments.layouts:
-        jobs.setdefault(math.prod(map(int, layout.split("x"))), []).append(layout)
+    jobs = by_num_ranks(arguments.layouts)
     run_in_worlds(jobs, lambda layout: run_layout(layout, arguments.folders, arguments.out), arguments.out)
 
 

@@ -13,7 +13,7 @@ import convert_checkpoint
 import pytest
 import torch
 from convert_checkpoint import Inspect, ToHf, ToMegatron, convert
-from hf_models import CONFIGS, save_model
+from hf_models import CONFIGS, CONFIGS_WITH_EXPERTS, save_model
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -47,9 +47,9 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
-@pytest.mark.parametrize("model", CONFIGS)
+@pytest.mark.parametrize("model", [*CONFIGS, *CONFIGS_WITH_EXPERTS])
 def test_every_tensor_comes_back(tmp_path: Path, model: str, tp_size: int) -> None:
-    save_model(tmp_path / "hf", CONFIGS[model]())
+    save_model(tmp_path / "hf", {**CONFIGS, **CONFIGS_WITH_EXPERTS}[model]())
     convert(ToMegatron(tmp_path / "hf", tmp_path / "out", tensor_model_parallel_size=tp_size, workers=3))
     padded = -(-131 // (128 * tp_size)) * 128 * tp_size
     listed = TorchDistFolder(tmp_path / "out" / "release").tensors
@@ -101,6 +101,21 @@ def test_another_dtype_is_said_everywhere(source: Path, tmp_path: Path) -> None:
     assert_equal(tensors_of(tmp_path / "back"), expected)
     for folder, dtype in ((tmp_path / "out" / "hf", "float32"), (tmp_path / "back", "float16")):
         assert json.loads((folder / "config.json").read_text())["dtype"] == dtype
+
+
+def test_a_routers_bias_stays_float32(tmp_path: Path) -> None:
+    """As in transformers and in Megatron, whatever the weights are written in."""
+    source = save_model(tmp_path / "source", CONFIGS_WITH_EXPERTS["deepseek-v3"]())
+    convert(ToMegatron(source, tmp_path / "out", dtype="bfloat16"))
+    convert(ToHf(tmp_path / "out", tmp_path / "back"))
+    listed = TorchDistFolder(tmp_path / "out" / "release").tensors
+    assert listed["decoder.layers.2.mlp.router.expert_bias"].dtype is torch.float32
+    assert listed["decoder.layers.2.mlp.router.weight"].dtype is torch.bfloat16
+    expected = {
+        name: tensor if name.endswith("correction_bias") else tensor.bfloat16()
+        for name, tensor in tensors_of(source).items()
+    }
+    assert_equal(tensors_of(tmp_path / "back"), expected)
 
 
 def test_dtypes_of_their_own_are_kept(source: Path, tmp_path: Path) -> None:
