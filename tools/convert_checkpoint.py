@@ -42,7 +42,8 @@ class ToMegatron:
     out: Annotated[Path, tyro.conf.Positional]
     """Folder to write: absent, empty, or from an earlier conversion."""
     tensor_model_parallel_size: int = 1
-    """Cut tensors up and pad the vocabulary for so many ranks. The checkpoint loads under any other layout too."""
+    """Cut tensors up and pad the vocabulary for so many ranks. The checkpoint loads under any other layout too,
+    and under any expert-parallel size."""
     make_vocab_size_divisible_by: int = 128
     """Pad the vocabulary to a multiple of this times the tensor-parallel size. Training has a flag of this name."""
     dtype: Dtype = "stored"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -51,6 +51,7 @@ def compare_logits(
     The transformers model is held whole by one rank, the first of the last pipeline stage.
 
     Args:
+        parallel: sequence parallelism is added where the model needs it.
         bf16: compute in bfloat16; else in float32.
         num_prompts: of random tokens, the same ones each time.
         prompt_length: tokens of a prompt.
@@ -59,6 +60,14 @@ def compare_logits(
         ValueError, CheckpointError: on some rank; FailedElsewhere on the others.
     """
     prompt_length = min(prompt_length, folder.shape.max_position_embeddings)
+    tp_size = parallel.tensor_model_parallel_size
+    if tp_size > 1 and (folder.shape.moe or folder.shape.mla):  # see require_divisible in model.py
+        parallel = replace(parallel, sequence_parallel=True)
+        if prompt_length % tp_size:
+            raise ValueError(
+                f"--prompt-length {prompt_length}: of this model it has to be a multiple of "
+                f"--tensor-model-parallel-size {tp_size}"
+            )
     generator = torch.Generator().manual_seed(_SEED)
     tokens = torch.randint(folder.shape.vocab_size, (num_prompts, prompt_length), generator=generator)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import subprocess
@@ -42,6 +43,8 @@ class Verify:
     """Ranks that share each layer."""
     pipeline_model_parallel_size: int = 1
     """Stages that the layers are split into."""
+    expert_model_parallel_size: int = 1
+    """Ranks that the experts of each layer are divided over."""
     make_vocab_size_divisible_by: int = 128
     """Pad the vocabulary to a multiple of this times the tensor-parallel size, however the checkpoint is padded."""
     bf16: bool = False
@@ -62,7 +65,14 @@ class Verify:
         return ParallelConfig(
             tensor_model_parallel_size=self.tensor_model_parallel_size,
             pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            expert_model_parallel_size=self.expert_model_parallel_size,
         )
+
+    @property
+    def num_ranks(self) -> int:
+        """The least that both layouts divide: that of the experts shares its ranks with that of the rest."""
+        for_a_layer = math.lcm(self.tensor_model_parallel_size, self.expert_model_parallel_size)
+        return for_a_layer * self.pipeline_model_parallel_size
 
 
 def verify(settings: Verify) -> None:
@@ -72,6 +82,9 @@ def verify(settings: Verify) -> None:
         Unequal: they are beyond what is allowed.
         ValueError, OSError: either side cannot be read.
     """
+    for flag in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"):
+        if getattr(settings, flag) < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(settings, flag)}: it has to be at least 1")
     started_by_torchrun = "RANK" in os.environ
     if settings.tensors and os.environ.get("RANK", "0") == "0":
         compare_tensors(settings)
@@ -79,7 +92,7 @@ def verify(settings: Verify) -> None:
         compare_logits(settings)
     elif settings.logits:
         sys.stdout.flush()
-        start_ranks(settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size)
+        start_ranks(settings.num_ranks)
 
 
 def compare_tensors(settings: Verify) -> None:
@@ -127,9 +140,9 @@ def compare_logits(settings: Verify) -> None:
     prompt, position, token = found.worst
     told = (
         f"logits      of {found.num_positions} positions, TP {settings.tensor_model_parallel_size} x PP "
-        f"{settings.pipeline_model_parallel_size}, {'bfloat16' if settings.bf16 else 'float32'}: largest difference "
-        f"{found.largest_difference:.2e} (prompt {prompt}, position {position}, token {token}), the same first choice "
-        f"at {found.same_top1:.2%}"
+        f"{settings.pipeline_model_parallel_size} x EP {settings.expert_model_parallel_size}, "
+        f"{'bfloat16' if settings.bf16 else 'float32'}: largest difference {found.largest_difference:.2e} "
+        f"(prompt {prompt}, position {position}, token {token}), the same first choice at {found.same_top1:.2%}"
     )
     if settings.bf16 and found.same_top1 < _LEAST_SAME_TOP1:
         raise Unequal(f"{told}; expected {_LEAST_SAME_TOP1:.0%}")
