@@ -89,11 +89,12 @@ class HfFolder:
             ValueError: as `check_weights`.
         """
         found = open_weight_files(self.path)
-        if self.shape.num_layers > len(found):  # before a name is made for every tensor of so many layers
-            raise ValueError(
-                f"{self.path}: config.json has num_hidden_layers {self.shape.num_layers}, "
-                f"but the files hold {len(found)} tensors"
-            )
+        num_experts = sum(self.shape.moe.layers) * self.shape.num_moe_experts if self.shape.moe else 0
+        for what, count in (("num_hidden_layers", self.shape.num_layers), ("experts in all layers", num_experts)):
+            if count > len(found):  # before a name is made for every tensor of so many
+                raise ValueError(
+                    f"{self.path}: config.json has {what} {count}, but the files hold {len(found)} tensors"
+                )
         expected = expected_hf_shapes(self.shape)
         for name, tensor in sorted(found.items()):
             if name in expected:

@@ -118,6 +118,15 @@ def test_a_routers_bias_stays_float32(tmp_path: Path) -> None:
     assert_equal(tensors_of(tmp_path / "back"), expected)
 
 
+def test_more_experts_than_tensors(tmp_path: Path) -> None:
+    """Refused before a name is made for each."""
+    source = save_model(tmp_path / "source", CONFIGS_WITH_EXPERTS["mixtral"]())
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "num_local_experts": 10**9}))
+    with pytest.raises(ValueError, match="experts in all layers 3000000000, but the files hold"):
+        convert(ToMegatron(source, tmp_path / "out"))
+
+
 def test_dtypes_of_their_own_are_kept(source: Path, tmp_path: Path) -> None:
     """Norms in float32 beside weights in bfloat16."""
     tensors = {name: tensor.float() if "norm" in name else tensor for name, tensor in tensors_of(source).items()}
