@@ -43,7 +43,11 @@ class ModelConfig:
     hf_export: str | None = None
     """Write the trained model as a Hugging Face folder here."""
     ref_hf_checkpoint: str | None = None
-    """Hugging Face folder of the frozen reference model, of the same shape; default --hf-checkpoint."""
+    """Hugging Face folder of the frozen reference model, of the same shape; default the weights that training starts
+    from."""
+    pretrained_checkpoint: str | None = None
+    """Start from the weights of this Megatron checkpoint (torch_dist: converted, or saved by a training run under any
+    layout); --hf-checkpoint then gives only config and tokenizer."""
     random_init: bool = False
     """Take only config and tokenizer from --hf-checkpoint and start from random weights."""
     bf16: bool = False

@@ -143,6 +143,8 @@ def _require_token_groups(config: RunConfig) -> None:
 
 
 def _require_reference(config: RunConfig) -> None:
+    if config.model.random_init and config.model.pretrained_checkpoint is not None:
+        raise ValueError("--random-init and --pretrained-checkpoint exclude each other")
     if config.needs_reference and config.model.random_init and config.model.ref_hf_checkpoint is None:
         raise ValueError(
             f"--loss {config.loss.loss} with these settings compares the model with a reference, and --random-init has "

@@ -1,6 +1,6 @@
 """Read a Hugging Face model folder: config.json and safetensors, nothing that can run code.
 
-Weights are memory-mapped and read one slice at a time. The headers of all files are checked against the family's table
+Weights are read one slice at a time. The headers of all files are checked against the family's table
 when the first weight is asked for.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -18,24 +17,31 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from gft_megatron.convert.families import family_of
 from gft_megatron.convert.layout import shard
+from gft_megatron.convert.lora import AdaptedTensor, with_adapter
 from gft_megatron.convert.mapping import expected_hf_shapes, hf_names_of, tensor_spec
 from gft_megatron.convert.model_shape import ModelShape
+from gft_megatron.convert.stored_tensor import StoredTensor
 from gft_megatron.convert.weight_files import open_weight_files, read_json
 
-_FLOATS = ("F32", "BF16", "F16")
 _ROWS_COMPARED_AT_ONCE = 8192
+_MOST_LAYERS = 10_000
+"""transformers makes a list of so many before anybody could compare it with the weights."""
 
 
 class HfFolder:
     """A model folder. `config` and `shape` are read at once; the weights need not be there until one is asked for."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, lora_adapter: Path | None = None) -> None:
         """Open the folder.
+
+        Args:
+            lora_adapter: folder of an adapter, see lora.py, that is merged into the weights as they are read.
 
         Raises:
             ValueError: no usable config.json, or a model that we cannot convert; one line, naming the file.
         """
         self.path = Path(path)
+        self._lora_adapter = lora_adapter
         self.config = _read_config(self.path / "config.json")
         try:
             self.shape = ModelShape.from_hf(self.config)
@@ -48,7 +54,7 @@ class HfFolder:
         Raises:
             ValueError: the first thing wrong; one line, naming the file and the tensor.
         """
-        _ = self._files
+        _ = self.stored
 
     def load_shard(self, name: str, *, tp_rank: int, tp_size: int, padded_vocab_size: int) -> Tensor:
         """One rank's shard of the Megatron parameter `name` (layer counted over the whole model), in the stored dtype.
@@ -64,7 +70,7 @@ class HfFolder:
             self.shape.check_expert_tensor_parallel_size(tp_size)
         else:
             self.shape.check_tensor_parallel_size(tp_size)
-        parts = [self._files[hf_name].get_slice(hf_name) for hf_name in hf_names_of(self.shape, name)]
+        parts = [self.stored[hf_name] for hf_name in hf_names_of(self.shape, name)]
         return shard(parts, spec, tp_rank, tp_size, padded_vocab_size)
 
     def tensor(self, hf_name: str) -> Tensor:
@@ -73,29 +79,49 @@ class HfFolder:
         Raises:
             ValueError: as `check_weights`.
         """
-        return self._files[hf_name].get_tensor(hf_name)
+        return self.stored[hf_name][:]
 
     @cached_property
-    def _files(self) -> Mapping[str, Any]:
-        """Tensor name -> the open file that holds it, for exactly the tensors of this model."""
-        expected = expected_hf_shapes(self.shape)
+    def stored(self) -> Mapping[str, StoredTensor | AdaptedTensor]:
+        """Where each tensor of this model lies, by its Hugging Face name.
+
+        Raises:
+            ValueError: as `check_weights`.
+        """
         found = open_weight_files(self.path)
-        for name, (path, file) in sorted(found.items()):
+        num_experts = sum(self.shape.moe.layers) * self.shape.num_moe_experts if self.shape.moe else 0
+        for what, count in (("num_hidden_layers", self.shape.num_layers), ("experts in all layers", num_experts)):
+            if count > len(found):  # before a name is made for every tensor of so many
+                raise ValueError(
+                    f"{self.path}: config.json has {what} {count}, but the files hold {len(found)} tensors"
+                )
+        expected = expected_hf_shapes(self.shape)
+        for name, tensor in sorted(found.items()):
             if name in expected:
-                _check_tensor(path, name, file.get_slice(name), expected[name])
+                if tensor.shape != expected[name]:
+                    raise ValueError(
+                        f"{tensor.path}: tensor {name!r} has shape {list(tensor.shape)}, "
+                        f"config.json makes it {list(expected[name])}"
+                    )
             elif name == "lm_head.weight":
-                _check_tied_copy(path, file.get_slice(name), found)
+                _check_tied_copy(tensor, found.get("model.embed_tokens.weight"))
             elif not name.endswith(".rotary_emb.inv_freq"):  # a constant that old transformers saved with the weights
-                raise ValueError(f"{path} holds tensor {name!r}, which a {self.shape.model_type} model does not have")
+                raise ValueError(
+                    f"{tensor.path} holds tensor {name!r}, which a {self.shape.model_type} model does not have"
+                )
         for name in expected:
             if name not in found:
                 raise ValueError(f"{self.path}: no file holds tensor {name!r}")
-        return {name: found[name][1] for name in expected}
+        weights = {name: found[name] for name in expected}
+        return weights if self._lora_adapter is None else with_adapter(weights, self._lora_adapter)
 
 
 def _read_config(path: Path) -> PreTrainedConfig:
     """The configuration, by transformers' own class for a family that we know; never by code from the folder."""
     raw = read_json(path)
+    num_layers = raw.get("num_hidden_layers")
+    if isinstance(num_layers, int) and num_layers > _MOST_LAYERS:
+        raise ValueError(f"{path}: num_hidden_layers {num_layers}, expected at most {_MOST_LAYERS}")
     try:
         family_of(raw.get("model_type"), raw.get("architectures"))
         return AutoConfig.from_pretrained(path.parent, trust_remote_code=False, local_files_only=True)
@@ -103,24 +129,14 @@ def _read_config(path: Path) -> PreTrainedConfig:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
-def _check_tensor(path: Path, name: str, tensor: Any, expected_shape: tuple[int, ...]) -> None:
-    if tuple(tensor.get_shape()) != expected_shape:
-        raise ValueError(
-            f"{path}: tensor {name!r} has shape {tensor.get_shape()}, config.json makes it {list(expected_shape)}"
-        )
-    if tensor.get_dtype() not in _FLOATS:
-        raise ValueError(f"{path}: tensor {name!r} has dtype {tensor.get_dtype()}, expected one of {list(_FLOATS)}")
-
-
-def _check_tied_copy(path: Path, copy: Any, found: Mapping[str, tuple[Path, Any]]) -> None:
+def _check_tied_copy(copy: StoredTensor, embedding: StoredTensor | None) -> None:
     """Accept an output layer beside tied embeddings only if it equals them, so that nothing is dropped."""
-    name = "model.embed_tokens.weight"
-    embedding = found[name][1].get_slice(name) if name in found else None
-    same = embedding is not None and copy.get_shape() == embedding.get_shape()
-    rows = copy.get_shape()[0] if same else 0
-    for start in range(0, rows, _ROWS_COMPARED_AT_ONCE):
-        same = same and torch.equal(
-            copy[start : start + _ROWS_COMPARED_AT_ONCE], embedding[start : start + _ROWS_COMPARED_AT_ONCE]
-        )
+    same = embedding is not None and copy.shape == embedding.shape
+    for start in range(0, copy.shape[0] if same else 0, _ROWS_COMPARED_AT_ONCE):
+        rows = slice(start, start + _ROWS_COMPARED_AT_ONCE)
+        same = same and torch.equal(copy[rows], embedding[rows])
     if not same:
-        raise ValueError(f"{path}: config.json ties the embeddings, but 'lm_head.weight' differs from {name!r}")
+        raise ValueError(
+            f"{copy.path}: config.json ties the embeddings, "
+            "but 'lm_head.weight' differs from 'model.embed_tokens.weight'"
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -69,13 +70,84 @@ def expected_hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in this model's Hugging Face folder."""
     return {
         part.name.format(i=layer, e=expert): sizes
-        for layers in Layers
-        for entry in dict.fromkeys(_entries(shape, layers).values())
-        if entry.layers is layers
+        for entry, layer, expert in _parameters(shape)
         for part, sizes in zip(entry.parts, _spec(shape, entry).part_shapes, strict=True)
-        for layer in (_layers(shape, layers) if "{i}" in entry.names[0] else (None,))
-        for expert in (range(shape.num_moe_experts) if entry.is_expert else (None,))
     }
+
+
+def megatron_parameters(shape: ModelShape) -> list[str]:
+    """Every parameter of the whole model, under its name with the local layer spec; of tied embeddings only the one.
+
+    A router's bias is among them, though it is a buffer.
+    """
+    return [
+        entry.names[0].format(i=layer, e=expert)
+        for entry, layer, expert in _parameters(shape)
+        if not (entry.names[0] == OUTPUT_LAYER and shape.tie_word_embeddings)
+    ]
+
+
+def checkpoint_places(shape: ModelShape, name: str) -> tuple[CheckpointPlace, ...]:
+    """Where a torch_dist checkpoint may have the parameter; the first is where both Megatrons that we know write it.
+
+    Raises:
+        ValueError: no table has a parameter of this name.
+    """
+    entry, layer, expert = _find(shape, name)
+    # dist_checkpointing has Transformer Engine's names, whatever the model was built of; but of experts, whatever they
+    # are, SequentialMLP's with another word: sharded_state_dict in megatron/core/transformer/moe/experts.py.
+    key = entry.names[0].replace(".local_experts.", ".experts.") if entry.is_expert else entry.names[-1]
+    if layer is None:
+        return (CheckpointPlace(key, (), ()),)
+    stacked = key.replace(".{e}.", ".")
+    index, axes = ((), ()) if expert is None else ((expert,), (shape.num_moe_experts,))
+    numbered = CheckpointPlace(stacked.format(i=layer), index, axes)
+    # What is saved with singleton_local_shards.
+    all_numbered = CheckpointPlace(key.format(i=layer, e=expert), (), ())
+    if not shape.has_equal_layers:
+        return numbered, all_numbered
+    # sharded_state_dict in megatron/core/transformer/transformer_block.py
+    together = CheckpointPlace(stacked.replace(".{i}.", "."), (layer, *index), (shape.num_layers, *axes))
+    return together, numbered, all_numbered
+
+
+def extra_state_keys(shape: ModelShape) -> list[str]:
+    """Objects beside the tensors that Megatron insists on: one for each module that may be Transformer Engine's.
+
+    They hold nothing unless a model is trained in FP8. Which modules ask for theirs depends on the layer spec and on
+    Transformer Engine's version, and nobody minds one too many.
+    """
+    keys: dict[str, None] = {}
+    for name in megatron_parameters(shape):
+        place = checkpoint_places(shape, name)[0]
+        modules = [place.key.rpartition(".")[0]]
+        if modules[0].endswith(".self_attention.linear_proj"):
+            modules.append(modules[0].removesuffix("linear_proj") + "core_attention")
+        # dist_checkpointing/mapping.py, ShardedObject.unique_key
+        index, axes = (".".join(map(str, numbers)) for numbers in (place.index or (0,), place.axes or (1,)))
+        keys |= dict.fromkeys(f"{module}._extra_state/shard_{index}_{axes}" for module in modules)
+    return list(keys)
+
+
+@dataclass(frozen=True)
+class CheckpointPlace:
+    """A tensor of a checkpoint; those that are alike are stacked along its first axes."""
+
+    key: str
+    index: tuple[int, ...]
+    """Place along the first axes."""
+    axes: tuple[int, ...]
+    """Their sizes."""
+
+
+def _parameters(shape: ModelShape) -> Iterator[tuple[Entry, int | None, int | None]]:
+    """(Entry, layer's number, expert's number) of each parameter."""
+    for layers in Layers:
+        for entry in dict.fromkeys(_entries(shape, layers).values()):
+            if entry.layers is layers:
+                numbers = _layers(shape, layers) if "{i}" in entry.names[0] else (None,)
+                experts = range(shape.num_moe_experts) if entry.is_expert else (None,)
+                yield from ((entry, layer, expert) for layer in numbers for expert in experts)
 
 
 def _layers(shape: ModelShape, layers: Layers) -> Iterator[int]:

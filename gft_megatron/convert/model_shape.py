@@ -122,6 +122,10 @@ class ModelShape:
     def moe_ffn_hidden_size(self) -> int:
         return self.moe.ffn_hidden_size if self.moe else 0
 
+    @property
+    def has_equal_layers(self) -> bool:
+        return self.moe is None or all(self.moe.layers)
+
     def layers_like(self, layer: int) -> Layers:
         """The kind of layer number `layer`."""
         return Layers.MOE if self.moe and self.moe.layers[layer] else Layers.DENSE

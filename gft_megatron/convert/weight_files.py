@@ -1,36 +1,60 @@
 """Find and open the safetensors files of a folder; knows nothing of models.
 
-Only headers are read here. safetensors itself refuses a file that is longer or shorter than its header says.
+Only headers are read here. safetensors itself refuses a file that is longer or shorter than its header says, and
+tensors that overlap or leave holes.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+
+from gft_megatron.convert.stored_tensor import StoredTensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""What we convert, by safetensors' names."""
+
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_LARGEST_HEADER = 32 * 2**20
+"""A quarter of a million tensors in one file. What somebody makes up may take many times its size to parse."""
 
 
-def open_weight_files(folder: Path) -> dict[str, tuple[Path, Any]]:
-    """Tensor name -> (path, open safetensors file) that holds it.
+def open_weight_files(folder: Path) -> dict[str, StoredTensor]:
+    """Tensor name -> where it lies.
 
     Raises:
-        ValueError: no weights, pickled weights, a missing or damaged file, an index that does not fit its files.
+        ValueError: no weights, pickled weights, a missing or damaged file, an index that does not fit its files, a
+            tensor that is not floating point.
     """
-    tensors: dict[str, tuple[Path, Any]] = {}
+    tensors: dict[str, StoredTensor] = {}
     for path, listed_names in _files_and_their_names(folder).items():
-        file = _open(path)
-        names = set(file.keys())
+        refuse_to_leave(folder, path)
+        in_file = tensors_in(path)
         if listed_names is not None:
-            _check_index(path, names, listed_names)
-        tensors |= dict.fromkeys(names, (path, file))
+            _check_index(path, in_file.keys(), listed_names)
+        tensors |= in_file
     return tensors
+
+
+def refuse_to_leave(folder: Path, path: Path) -> None:
+    """Refuse a symbolic link out of the folder, but for those of a Hugging Face cache (snapshots/REVISION -> blobs).
+
+    Raises:
+        ValueError: names the link.
+    """
+    if not path.is_symlink():
+        return
+    target, home = path.resolve(), folder.resolve()
+    if home not in target.parents and target.parent != home.parent.parent / "blobs":
+        raise ValueError(f"{path} is a symbolic link to {target}, out of the folder; put the file itself there")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -40,6 +64,8 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: the file cannot be read or holds something else.
     """
     try:
+        if path.stat().st_size > _LARGEST_HEADER:
+            raise ValueError(f"{path.stat().st_size} bytes are too many for it")
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
@@ -82,14 +108,46 @@ def _read_index(index: Path) -> dict[Path, set[str] | None]:
     return files
 
 
-def _open(path: Path) -> Any:
+def tensors_in(path: Path) -> dict[str, StoredTensor]:
+    """Tensor name -> where it lies, of one file.
+
+    Raises:
+        ValueError: as `open_weight_files`.
+    """
+    header = _checked_header(path)
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{path}: tensor {name!r} has dtype {entry['dtype']}, expected one of {list(DTYPES)}")
+        tensors[name] = (DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"][0])
+    start = 8 + _header_length(path)
+    return {name: StoredTensor(path, start + at, dtype, shape) for name, (dtype, shape, at) in tensors.items()}
+
+
+def _checked_header(path: Path) -> dict[str, Any]:
+    """The header of a file that safetensors itself has found to be whole."""
+    size = path.stat().st_size
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({path.stat().st_size} bytes): {error}") from error
+        if not path.is_file():
+            raise OSError("not a regular file")
+        length = _header_length(path)
+        if length > min(size, _LARGEST_HEADER):
+            raise OSError(f"its header has {length} bytes")
+        with safe_open(path, framework="pt"), open(path, "rb") as file:
+            file.seek(8)
+            return json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({size} bytes): {error}") from error
 
 
-def _check_index(path: Path, names: set[str], listed_names: set[str]) -> None:
+def _header_length(path: Path) -> int:
+    with open(path, "rb") as file:
+        return int.from_bytes(file.read(8), "little")
+
+
+def _check_index(path: Path, names: Set[str], listed_names: set[str]) -> None:
     if absent := listed_names - names:
         raise ValueError(f"{path} lacks tensor {min(absent)!r}, which {INDEX_FILE} lists in it")
     if unlisted := names - listed_names:

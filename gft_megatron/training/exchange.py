@@ -7,7 +7,6 @@ rollout of 1,024 x 8 responses of 2,000 tokens is about 330 MB a rank, host memo
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable
 from dataclasses import fields
@@ -23,7 +22,6 @@ from gft_megatron.groups import Batch
 T = TypeVar("T")
 
 _LONGEST_WORK_SEC = 24 * 3600.0
-_meetings = itertools.count()
 
 
 def gather_batch(mine: Batch) -> Batch:
@@ -98,7 +96,8 @@ def _wait_for_all() -> None:
         TimeoutError: one has not come in a day.
     """
     store = dist.distributed_c10d._get_default_store()
-    number = next(_meetings)  # ranks call this in the same order
+    # Ranks call this in the same order. Counted in the store, for the next group of this process starts anew.
+    number = store.add(f"gft_megatron/meetings/{dist.get_rank()}", 1)
     began = time.monotonic()
     if store.add(f"gft_megatron/meeting/{number}", 1) == dist.get_world_size():
         store.set(f"gft_megatron/met/{number}", "")

@@ -10,33 +10,31 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
-from gft_megatron.convert.hf_folder import HfFolder
 from gft_megatron.training.fused_linear import handing_through, output_weight
 from gft_megatron.training.model import gather_updated_parameters
 from gft_megatron.training.parallel import is_last_stage
 from gft_megatron.training.passes import Chunks
 from gft_megatron.training.step import Objective, StepInput, forward_only
-from gft_megatron.training.weights import load_hf_weights
+from gft_megatron.training.weights import global_parameters
 
 
 class Reference:
     """A second set of weights for the same model chunks."""
 
-    def __init__(self, chunks: Sequence[nn.Module], folder: HfFolder, *, padded_vocab_size: int) -> None:
-        """Read `folder` by way of the chunks, whose own weights are put back.
-
-        Raises:
-            ValueError: a tensor is missing or misshapen, or a file is damaged; the message names it.
+    def __init__(self, chunks: Sequence[nn.Module], load: Callable[[], None]) -> None:
         """
-        self._parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+        Args:
+            load: fills the chunks with the reference's weights; their own are put back.
+        """
+        self._parameters = [parameter for chunk in chunks for _, parameter in global_parameters(chunk)]
         policy = self._copies()
-        load_hf_weights(chunks, folder, padded_vocab_size=padded_vocab_size)
+        load()
         self._weights = self._copies()
         self._put(policy)
         self._output_weight: Tensor | None = None

@@ -126,7 +126,8 @@ def _options(config: RunConfig, engine: EngineConfig) -> LaunchOptions:
         )
     arguments = ["--dtype", "bfloat16" if config.model.bf16 else "float32"]
     arguments += ["--random-seed", str(config.optimizer.seed)]
-    if config.model.random_init:  # its folder has no weights; a server has the trainer's before it serves
+    # A folder without weights, or whose weights are others; a server has the trainer's before it serves.
+    if config.model.random_init or config.model.pretrained_checkpoint is not None:
         arguments += ["--load-format", "dummy"]
     if engine.colocate and torch.cuda.is_available():
         arguments.append("--enable-memory-saver")

@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gft_megatron.command_line import save_config
 from gft_megatron.config import RunConfig
+from gft_megatron.convert.complete_folder import refuse_to_replace_what_is_not_ours
 from gft_megatron.convert.hf_folder import HfFolder
-from gft_megatron.convert.hf_writer import refuse_to_replace_what_is_not_ours
 from gft_megatron.convert.model_shape import ModelShape
 from gft_megatron.data.order import PromptOrder
 from gft_megatron.data.prompts import PromptStoreInfo, prepare_prompts
@@ -42,6 +42,7 @@ from gft_megatron.training.model import (
 )
 from gft_megatron.training.optimizer import build_optimizer, build_scheduler, reset_optimizer
 from gft_megatron.training.parallel import initialize
+from gft_megatron.training.pretrained import load_megatron_weights
 from gft_megatron.training.reference import Reference
 from gft_megatron.training.rollouts import RolloutWorkers
 from gft_megatron.training.servers import Servers, find_servers
@@ -115,7 +116,7 @@ def build_run(config: RunConfig) -> tuple[Run, dict[str, Any] | None]:
     overrides = megatron_fields(config.model.megatron)
     hf_folder = HfFolder(config.model.hf_checkpoint)
     require_divisible(hf_folder.shape, config.parallel)
-    if not config.model.random_init:
+    if not config.model.random_init and config.model.pretrained_checkpoint is None:
         hf_folder.check_weights()
     tokenizer = _load_tokenizer(hf_folder, config.data.seq_length)
     device = initialize(config.parallel, config.optimizer.seed)
@@ -166,8 +167,7 @@ def _build_run(
     if config.optimizer.fused_linear_loss:
         return_hidden_states(chunks, megatron_config, overrides["ddp"])
     if not config.model.random_init and checkpoint is None:
-        console.info(f"loading {hf_folder.path}")
-        load_hf_weights(chunks, hf_folder, padded_vocab_size=vocab_size)
+        _load_start(config, hf_folder, chunks, vocab_size, console)
     reference = None
     if any(phase.config.needs_reference for phase in phases):
         reference = _reference(config, hf_folder, chunks, vocab_size, console)
@@ -262,7 +262,7 @@ def _find_start(config: RunConfig, run_dir: Path) -> tuple[Path | None, str | No
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.yaml")
     if config.model.hf_export is not None:
-        refuse_to_replace_what_is_not_ours(Path(config.model.hf_export).resolve())
+        refuse_to_replace_what_is_not_ours(Path(config.model.hf_export).resolve(), flag="--hf-export")
     found = find_checkpoint(config.checkpoint_dir)
     if found[0] is None and config.output.load is not None:
         found = find_checkpoint(Path(config.output.load))
@@ -341,11 +341,26 @@ def _prompts(
     return prompts
 
 
+def _load_start(
+    config: RunConfig, hf_folder: HfFolder, chunks: list[torch.nn.Module], vocab_size: int, console: Console
+) -> None:
+    """Fill the model with the weights that training starts from."""
+    pretrained = config.model.pretrained_checkpoint
+    console.info(f"loading {pretrained or hf_folder.path}")
+    if pretrained is None:
+        load_hf_weights(chunks, hf_folder, padded_vocab_size=vocab_size)
+        return
+    for text in load_megatron_weights(chunks, Path(pretrained)):
+        console.warning(text)
+
+
 def _reference(
     config: RunConfig, hf_folder: HfFolder, chunks: list[torch.nn.Module], vocab_size: int, console: Console
 ) -> Reference:
     path = config.model.ref_hf_checkpoint
-    folder = hf_folder if path is None else HfFolder(path)
+    if path is None:
+        return Reference(chunks, lambda: _load_start(config, hf_folder, chunks, vocab_size, console))
+    folder = HfFolder(path)
     if folder.shape != hf_folder.shape:
         differing = [
             f"{f.name} {getattr(folder.shape, f.name)}, not {getattr(hf_folder.shape, f.name)}"
@@ -358,4 +373,4 @@ def _reference(
         )
     folder.check_weights()
     console.info(f"loading the reference {folder.path}")
-    return Reference(chunks, folder, padded_vocab_size=vocab_size)
+    return Reference(chunks, lambda: load_hf_weights(chunks, folder, padded_vocab_size=vocab_size))

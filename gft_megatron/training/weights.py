@@ -31,12 +31,27 @@ def load_hf_weights(chunks: Sequence[nn.Module], folder: HfFolder, *, padded_voc
     """
     with torch.no_grad():
         for chunk in chunks:
-            for name, parameter in _global_parameters(chunk):
+            for name, parameter in global_parameters(chunk):
                 group = _tensor_group(is_expert=tensor_spec(folder.shape, name).is_expert)
                 shard = folder.load_shard(
                     name, tp_rank=group.rank(), tp_size=group.size(), padded_vocab_size=padded_vocab_size
                 )
                 parameter.copy_(shard)
+
+
+def global_parameters(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and buffers that a checkpoint has, under the names they have in the whole model: a stage counts its
+    layers from 0, a rank its experts."""
+    model = unwrapped(chunk)
+    rank = parallel_state.get_expert_model_parallel_rank()
+    first_expert = rank * _num_local_experts(model.config.num_moe_experts or 0)
+    for name, parameter in (*model.named_parameters(), *_expert_biases(model)):
+        layer, expert = LAYER_NUMBER.search(name), EXPERT_NUMBER.search(name)
+        if expert is not None:
+            name = EXPERT_NUMBER.sub(str(first_expert + int(expert.group())), name)
+        if layer is not None:
+            name = LAYER_NUMBER.sub(str(model.decoder.layers[int(layer.group())].layer_number - 1), name)
+        yield name, parameter
 
 
 def export_hf_tensors(
@@ -53,7 +68,7 @@ def export_hf_tensors(
     """
     gather_updated_parameters(chunks)
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
-    mine = {name: parameter.detach() for chunk in chunks for name, parameter in _global_parameters(chunk)}
+    mine = {name: parameter.detach() for chunk in chunks for name, parameter in global_parameters(chunk)}
     places = [
         _Place(name, tuple(parameter.shape), parameter.dtype, pipeline_group.rank(), expert_rank)
         for own_name, parameter in mine.items()
@@ -181,20 +196,6 @@ def _expert_biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if isinstance(module, TopKRouter) and module.expert_bias is not None:
             module._maintain_float32_expert_bias()
             yield f"{name}.expert_bias", module.expert_bias
-
-
-def _global_parameters(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters under the names they have in the whole model: a stage counts its layers from 0, a rank its experts."""
-    model = unwrapped(chunk)
-    rank = parallel_state.get_expert_model_parallel_rank()
-    first_expert = rank * _num_local_experts(model.config.num_moe_experts or 0)
-    for name, parameter in (*model.named_parameters(), *_expert_biases(model)):
-        layer, expert = LAYER_NUMBER.search(name), EXPERT_NUMBER.search(name)
-        if expert is not None:
-            name = EXPERT_NUMBER.sub(str(first_expert + int(expert.group())), name)
-        if layer is not None:
-            name = LAYER_NUMBER.sub(str(model.decoder.layers[int(layer.group())].layer_number - 1), name)
-        yield name, parameter
 
 
 def export_hf_folder(chunks: Sequence[nn.Module], source: HfFolder, target: Path) -> None:

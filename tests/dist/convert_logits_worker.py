@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 convert_logits_worker.py --folders DIR DIR --out DIR --layouts 2x1 1x2
 
 Reads DIR/tokens.pt of each folder; writes OUT/LAYOUT/<folder name>/logits.pt and the exported folder hf beside it.
-A layout is TPxPP for the models without experts, TPxPPxEP or TPxPPxEPxETP for those with.
+Layouts are named as in layouts.py.
 """
 
 from __future__ import annotations
@@ -17,68 +17,26 @@ os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # Inductor takes minutes fo
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-from torch import Tensor, nn
+from layouts import by_num_ranks, is_for, parallel_of
 from worlds import run_in_worlds
 
-from gft_megatron.config import ModelConfig, ParallelConfig
+from gft_megatron.config import ModelConfig
 from gft_megatron.convert import HfFolder
 from gft_megatron.training import cpu
 from gft_megatron.training import model as models
+from gft_megatron.training.logits import logits_of
 from gft_megatron.training.parallel import lay_out, seed_ranks
 from gft_megatron.training.weights import export_hf_folder, load_hf_weights
 
 
-def logits_of(chunks: list[nn.Module], tokens: Tensor) -> Tensor | None:  # [b, s] -> [b, s, padded vocabulary]
-    """One forward pass through all stages; None but on the last."""
-
-    def forward_step(_, model: nn.Module) -> tuple:
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        return model(tokens, positions, None), whole
-
-    def whole(logits: Tensor, non_loss_data: bool) -> Tensor:
-        return gather_from_tensor_model_parallel_region(logits)
-
-    collected = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[None] * len(chunks) if len(chunks) > 1 else None,
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=1,
-        seq_length=tokens.shape[1],
-        micro_batch_size=tokens.shape[0],
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
-    return collected[0] if collected else None
-
-
-def sizes(layout: str) -> tuple[int, int, int, int]:
-    """Tensor, pipeline, expert, expert-tensor parallel."""
-    tp_size, pp_size, ep_size, etp_size = (*map(int, layout.split("x")), 1, 1)[:4]
-    return tp_size, pp_size, ep_size, etp_size
-
-
-def num_ranks(layout: str) -> int:
-    tp_size, pp_size, ep_size, etp_size = sizes(layout)
-    return pp_size * max(tp_size, ep_size * etp_size)
-
-
 def run_layout(layout: str, paths: list[Path], out: Path) -> None:
     """Write the logits and the exported folder of every model to OUT/LAYOUT/NAME."""
-    tp_size, pp_size, ep_size, etp_size = sizes(layout)
-    parallel = ParallelConfig(
-        tensor_model_parallel_size=tp_size,
-        pipeline_model_parallel_size=pp_size,
-        expert_model_parallel_size=ep_size,
-        expert_tensor_parallel_size=etp_size,
-        sequence_parallel=tp_size > 1 and layout.count("x") > 1,  # as a model with experts wants it
-    )
+    parallel = parallel_of(layout)
     lay_out(parallel)
     seed_ranks(1)
     for path in paths:
         folder = HfFolder(path)
-        if (folder.shape.moe is not None) != (layout.count("x") > 1):
+        if not is_for(layout, folder.shape):
             continue
         settings = ModelConfig(hf_checkpoint=str(path), make_vocab_size_divisible_by=64)
         config = models.transformer_config(folder.shape, settings, parallel, {})
@@ -104,13 +62,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folders", nargs="+", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--layouts", nargs="+", required=True, help="TPxPP, TPxPPxEP or TPxPPxEPxETP")
+    parser.add_argument("--layouts", nargs="+", required=True)
     arguments = parser.parse_args()
     cpu.install()
     torch.set_num_threads(1)
-    jobs = {}
-    for layout in arguments.layouts:
-        jobs.setdefault(num_ranks(layout), []).append(layout)
+    jobs = by_num_ranks(arguments.layouts)
     run_in_worlds(jobs, lambda layout: run_layout(layout, arguments.folders, arguments.out), arguments.out)
 
 

@@ -93,7 +93,7 @@ def run_layout(
     device = torch.device("cpu")
     chunks = models.build_chunks(folder.shape, config, vocab_size=vocab_size, max_sequence_length=64, device=device)
     load_hf_weights(chunks, folder, padded_vocab_size=vocab_size)
-    reference = Reference(chunks, reference_folder, padded_vocab_size=vocab_size)
+    reference = Reference(chunks, lambda: load_hf_weights(chunks, reference_folder, padded_vocab_size=vocab_size))
     wrapped = models.wrap_in_ddp(chunks, config, parallel, {})
     optimizer = build_optimizer(wrapped, OptimizerSettings(train_iters=1), parallel, bf16=False, overrides={})
     batch = sampled_groups()

@@ -17,8 +17,8 @@ from torchrun import torchrun
 from transformers import AutoModelForCausalLM
 
 WORKER = Path(__file__).with_name("convert_logits_worker.py")
-LAYOUTS = ["1x1", "2x1", "4x1", "1x2", "2x2"]  # TP x PP
-LAYOUTS_OF_EXPERTS = ["1x1x1", "1x1x2", "1x2x2", "2x2x2", "2x1x1x2"]  # TP x PP x EP (x ETP)
+LAYOUTS = ["1x1", "2x1", "4x1", "2x2"]  # TP x PP
+LAYOUTS_OF_EXPERTS = ["1x1x1", "1x1x2", "2x2x2", "2x1x1x2"]  # TP x PP x EP (x ETP)
 if find_spec("megatron.core.transformer.mla_qk_norm_config"):  # megatron-core 0.19: refused, see training/model.py
     CONFIGS_WITH_EXPERTS = {
         name: config for name, config in CONFIGS_WITH_EXPERTS.items() if name != "deepseek-v3-uncompressed"

@@ -20,8 +20,8 @@ LAYOUTS = {
     "qwen2": [
         "one", "one+fused",
         "tp2", "tp2sp", "pp2", "pp2vpp2", "dp2", "dp2distopt", "dp2overlap", "cp2",
-        "tp2+fused", "tp2sp+fused", "pp2vpp2+fused", "dp2overlap+fused",
-        "tp2pp2sp", "tp2cp2", "tp2pp2sp+fused", "tp2cp2+fused",
+        "tp2+fused", "tp2sp+fused", "dp2overlap+fused",
+        "tp2pp2sp", "tp2pp2sp+fused", "tp2cp2+fused",
         # The path of the losses that need the whole batch, linear_log_probs: sequence-parallel, and with an embedding
         # that shares its weight under overlapped reduction.
         "tp2sp+fused+not-token-local", "dp2overlap+fused+not-token-local",

@@ -3,6 +3,8 @@
 The divergence of each response is computed anew in float64, by transformers, one response after another.
 """
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -57,7 +59,8 @@ def shape_on_rank(rank, world_size, policy, reference_path, out):
             folder.shape, megatron_config, vocab_size=vocab_size, max_sequence_length=64, device=torch.device("cpu")
         )
         load_hf_weights(chunks, folder, padded_vocab_size=vocab_size)
-        reference = Reference(chunks, HfFolder(reference_path), padded_vocab_size=vocab_size)
+        load = functools.partial(load_hf_weights, chunks, HfFolder(reference_path), padded_vocab_size=vocab_size)
+        reference = Reference(chunks, load)
         wrapped = models.wrap_in_ddp(chunks, megatron_config, config.parallel, {})
         recipe = GroupRecipe(
             n_expert=1, n_teacher=1, n_self=2, sampling=config.sampling, needs_advantages=True, overlong_buffer_len=20

@@ -11,8 +11,8 @@ import pytest
 import torch
 from ranks import run_on_ranks
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from transformers import PreTrainedTokenizerFast
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from gft_megatron.config import ParallelConfig
 from gft_megatron.data.order import PromptOrder

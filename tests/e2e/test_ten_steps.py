@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ RUNS = {
         "--tensor-model-parallel-size", 2, "--sequence-parallel", "--rollout-batch-size", 1, "--eval-interval", 5,
     ],
     "pipeline, several steps a rollout, ratios": [
-        "--pipeline-model-parallel-size", 2,
+        "--pipeline-model-parallel-size", 2, "--save-interval", 10,
         "--loss", "grpo", "--n-expert", 0, "--n-teacher", 0, "--n-self", 8, "--num-steps-per-rollout", 2,
         "--rm-type", "tests/e2e/digit_reward.py:score",
     ],
     "data, bf16, distributed optimizer": [
         "--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather",
+        "--save-interval", 10,
     ],
     "context, refilled groups, random weights": [
         "--context-parallel-size", 2, "--refill-groups", "--n-teacher", 4, "--random-init",
@@ -76,7 +78,19 @@ def test_ten_steps(flags, tmp_path, toy, name):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer("1,2,3=6:", add_special_tokens=False).input_ids
     assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["iterations"] == 10
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["iterations"] == 10
+    if results["checkpoint_dir"] is not None:
+        check_conversion(Path(results["checkpoint_dir"]), tmp_path / "hf", tmp_path / "converted")
+
+
+def check_conversion(checkpoints: Path, exported: Path, out: Path) -> None:
+    """The last checkpoint, optimizer and all, converts to what the run itself exported."""
+    run_tool("convert_checkpoint.py", "megatron-to-hf", checkpoints, out, "--hf-checkpoint", exported)
+    converted, original = (load_file(folder / "model.safetensors") for folder in (out, exported))
+    assert converted.keys() == original.keys()
+    for tensor_name, tensor in original.items():
+        assert torch.equal(converted[tensor_name], tensor), tensor_name
 
 
 def test_supervised_warm_up_and_evaluation(flags, tmp_path, toy):

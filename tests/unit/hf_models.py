@@ -99,8 +99,9 @@ def save_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype = torc
             torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
         elif "mlp.gate.weight" in name:  # some routers of transformers begin at 0, where every expert ties
             torch.nn.init.normal_(parameter, std=0.2)
+    model.to(dtype)
     for name, buffer in model.named_buffers():
-        if "e_score" in name:
-            torch.nn.init.normal_(buffer, std=0.2)
-    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+        if "e_score" in name:  # float32 in every folder that transformers has loaded and saved
+            buffer.data = torch.nn.init.normal_(buffer.float(), std=0.2)
+    model.save_pretrained(folder, max_shard_size=shard)
     return folder

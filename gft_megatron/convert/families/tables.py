@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -143,7 +145,13 @@ EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
 
 KEPT_IN_FLOAT32 = (".e_score_correction_bias",)
-"""How the tensors end that are stored in float32 whatever the model is in; transformers keeps them so."""
+"""How the tensors end that are stored in float32 whatever the model is in; transformers and Megatron keep them so."""
+
+
+def dtype_kept(hf_name: str, dtype: torch.dtype) -> torch.dtype:
+    """What the tensor is stored in where the model is in `dtype`."""
+    return torch.float32 if hf_name.endswith(KEPT_IN_FLOAT32) else dtype
+
 
 _MEGATRON_LAYER = "decoder.layers.{i}."
 _HF_LAYER = "model.layers.{i}."
