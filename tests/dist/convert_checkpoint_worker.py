@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from layouts import by_num_ranks, is_for, parallel_of
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from torch import nn
-from layouts import by_num_ranks, is_for, parallel_of
 from worlds import run_in_worlds
 
 from gft_megatron.config import ModelConfig, ParallelConfig
@@ -80,9 +80,7 @@ def run_layout(layout: str, paths: list[Path], out: Path) -> None:
         loaded = dist_checkpointing.load(model.sharded_state_dict(), str(path / "megatron" / "release"))
         assert loaded["checkpoint_version"] == 3.0
         model.load_state_dict({name: value for name, value in loaded.items() if name in model.state_dict()})
-        for (name, mine), (other, theirs) in zip(
-            global_parameters(model), global_parameters(expected), strict=True
-        ):
+        for (name, mine), (other, theirs) in zip(global_parameters(model), global_parameters(expected), strict=True):
             assert name == other and mine.dtype is theirs.dtype, f"{path.name} {layout} {name}"
             assert torch.equal(mine, theirs), f"{path.name} {layout} {name}"
         target = out / layout / path.name / "iter_0000003"
@@ -93,7 +91,9 @@ def run_layout(layout: str, paths: list[Path], out: Path) -> None:
         metadata = {"singleton_local_shards": layout in SINGLETON_LAYOUTS}
         metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
         # Keys of an optimizer are none of the model's business.
-        moments = ShardedTensor.from_rank_offsets("optimizer.state.exp_avg.x", torch.ones(4), replica_id=dist.get_rank())
+        moments = ShardedTensor.from_rank_offsets(
+            "optimizer.state.exp_avg.x", torch.ones(4), replica_id=dist.get_rank()
+        )
         dist_checkpointing.save({**model.sharded_state_dict(metadata=metadata), "moments": moments}, str(target))
     dist.barrier()
     parallel_state.destroy_model_parallel()

@@ -16,8 +16,8 @@ os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # Inductor takes minutes fo
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from layouts import by_num_ranks, is_for, parallel_of
+from megatron.core import parallel_state
 from worlds import run_in_worlds
 
 from gft_megatron.config import ModelConfig

@@ -2,9 +2,10 @@
 
 A job is FAMILY+LAYOUT and what is different in it, e.g. "qwen2+tp2sp+fused": "+fused" runs with --fused-linear-loss,
 "+sft" with that loss, "+not-token-local" as if the loss needed the whole batch, "+resumed" saves after the first step
-and goes on with what another model and optimizer load; the name of a mutation breaks one thing. For each: loss and every gradient of the first step (under Hugging Face names, whole), then the losses of two
-more steps. The optimizer, DDP, schedules, packing and weight loading are those of a real run. Results go to
-OUT/JOB.pt; test_equivalence.py compares them.
+and goes on with what another model and optimizer load; the name of a mutation breaks one thing. For each: loss and
+every gradient of the first step (under Hugging Face names, whole), then the losses of two more steps. The optimizer,
+DDP, schedules, packing and weight loading are those of a real run. Results go to OUT/JOB.pt; test_equivalence.py
+compares them.
 
     torchrun --nproc-per-node 4 equivalence_worker.py --models DIR --out DIR --jobs qwen2+one qwen2+tp2pp2+fused
 """
@@ -66,7 +67,9 @@ LAYOUTS = {
     "ep2": {"expert_model_parallel_size": 2},
     "ep2distopt": {"expert_model_parallel_size": 2, "use_distributed_optimizer": True},
     "ep2overlap": {
-        "expert_model_parallel_size": 2, "use_distributed_optimizer": True, "overlap_grad_reduce": True,
+        "expert_model_parallel_size": 2,
+        "use_distributed_optimizer": True,
+        "overlap_grad_reduce": True,
         "overlap_param_gather": True,
     },
     "ep2cp2": {"expert_model_parallel_size": 2, "context_parallel_size": 2},

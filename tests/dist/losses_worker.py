@@ -1,9 +1,10 @@
 """Loss and gradient of every loss on one ragged batch, under one parallel layout after another; one process a rank.
 
-Started by torchrun. A job is a layout, "+long" behind it for longer micro-batches, or a layout and a mutation. The reference is a second model, whose log-probs also stand for the old policy's, so that no ratio
-is 1. Results go to OUT/JOB.pt; test_losses_on_ranks.py compares them.
+Started by torchrun. A job is a layout, "+long" behind it for longer micro-batches, or a layout and a mutation. The
+reference is a second model, whose log-probs also stand for the old policy's, so that no ratio is 1. Results go to
+OUT/JOB.pt; test_losses_on_ranks.py compares them.
 
-    torchrun --nproc-per-node 2 losses_worker.py --model DIR --reference DIR --out DIR --jobs one tp2sp "dp2+batch of this rank"
+    torchrun --nproc-per-node 2 losses_worker.py --model DIR --reference DIR --out DIR --jobs one tp2sp
 """
 
 from __future__ import annotations

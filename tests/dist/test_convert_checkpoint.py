@@ -59,7 +59,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def saved(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LAYOUT/NAME/iter_0000003, after every layout has loaded the converted checkpoint and found it right."""
     out = tmp_path_factory.mktemp("out")
-    done = torchrun(WORKER, "--out", out, "--layouts", *LAYOUTS, *LAYOUTS_OF_EXPERTS, "--folders", *folders, num_ranks=4)
+    done = torchrun(
+        WORKER, "--out", out, "--layouts", *LAYOUTS, *LAYOUTS_OF_EXPERTS, "--folders", *folders, num_ranks=4
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return out
 

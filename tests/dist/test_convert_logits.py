@@ -1,7 +1,8 @@
 """A converted model is the same function: Megatron's logits are those of transformers, and the export is the original.
 
 Each family, tied and untied, under tensor, pipeline and expert parallelism, with a vocabulary that needs padding.
-transformers computes the reference in float64, Megatron in float32. Not covered: bfloat16 and Transformer Engine (a GPU's test).
+transformers computes the reference in float64, Megatron in float32. Not covered: bfloat16 and Transformer Engine (a
+GPU's test).
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def expected(folders: dict[str, Path]) -> dict[str, torch.Tensor]:  # [b, s, v] 
 def written(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LAYOUT/FAMILY/logits.pt and hf/"""
     out = tmp_path_factory.mktemp("out")
-    done = torchrun(WORKER, "--out", out, "--layouts", *LAYOUTS, *LAYOUTS_OF_EXPERTS, "--folders", *folders.values(), num_ranks=4)
+    done = torchrun(
+        WORKER, "--out", out, "--layouts", *LAYOUTS, *LAYOUTS_OF_EXPERTS, "--folders", *folders.values(), num_ranks=4
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return out
 

@@ -45,7 +45,9 @@ FAMILIES = {
     "mixtral": lambda: MixtralConfig(num_local_experts=4, tie_word_embeddings=False, **MODEL),
     # experts in every second layer, weights of a token's experts that do not sum to 1
     # latent attention and a sigmoid router with a bias; dense first layer
-    "deepseek-v3": lambda: DeepseekV3Config(q_lora_rank=16, rope_parameters=YARN, **{**DEEPSEEK_V3, **MODEL, "num_key_value_heads": 8}),
+    "deepseek-v3": lambda: DeepseekV3Config(
+        q_lora_rank=16, rope_parameters=YARN, **{**DEEPSEEK_V3, **MODEL, "num_key_value_heads": 8}
+    ),
     "qwen3-moe": lambda: Qwen3MoeConfig(decoder_sparse_step=2, tie_word_embeddings=True, **QWEN3_MOE, **MODEL),
 }
 TAU = 0.05  # as in the worker
@@ -77,7 +79,9 @@ def results(models, tmp_path_factory) -> dict[str, dict[str, dict]]:
 def gradient_error(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """Largest norm of a tensor's difference, relative to the tensor's own norm."""
     assert got.keys() == expected.keys()
-    return max(float((got[name].double() - value.double()).norm() / value.double().norm()) for name, value in expected.items())
+    return max(
+        float((got[name].double() - value.double()).norm() / value.double().norm()) for name, value in expected.items()
+    )
 
 
 def later(result: dict, name: str) -> torch.Tensor:
@@ -128,8 +132,12 @@ def float64_token_losses(model, token_loss):
 
 @pytest.mark.parametrize(
     ("family", "layouts"),
-    [("qwen2", ["one", "tp2", "tp2pp2sp"]), ("mixtral", ["one", "ep2"]), ("qwen3-moe", ["one", "ep2overlap"]),
-        ("deepseek-v3", ["one"]),],
+    [
+        ("qwen2", ["one", "tp2", "tp2pp2sp"]),
+        ("mixtral", ["one", "ep2"]),
+        ("qwen3-moe", ["one", "ep2overlap"]),
+        ("deepseek-v3", ["one"]),
+    ],
 )
 def test_gft_equals_float64(results, models, family, layouts):
     def gft(log_probs, advantage):

@@ -104,7 +104,10 @@ def test_what_a_model_cannot_take_is_refused_in_one_line(results):
         ("eaft", {"entropy_power": -1.0}, "entropy_power is -1.0; it has to be"),
         ("eaft", {"entropy_power": "high"}, "cannot take the hyper-parameters"),
         ("dft", {"temperature": 0.0}, "temperature must be positive"),
-        *((name, {}, next(iter(sorted(required_inputs(loss) - {"entropy"})))) for name, loss in LOSSES.items() if required_inputs(loss) - {"entropy"}),
+        *(
+            (name, {}, min(needed))
+            for name, loss in LOSSES.items() if (needed := required_inputs(loss) - {"entropy"})
+        ),
     ],
 )  # fmt: skip
 def test_what_is_no_loss_of_single_tokens_is_refused_in_one_line(name, hyper, words):

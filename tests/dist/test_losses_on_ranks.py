@@ -88,7 +88,7 @@ def test_a_wrong_reduction_shows(results, job):
 
 
 def test_groups_by_excess_loss_equal_float64(folders, results):
-    """The ceil(0.3 r) tokens of each response whose loss exceeds the reference's most, and the mean loss of the rest."""
+    """The ceil(0.3 r) tokens of a response whose loss exceeds the reference's most, and the mean loss of the rest."""
     models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64) for folder in folders]
     batch = ragged_groups()
     important, others = [], []

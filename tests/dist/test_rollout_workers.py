@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_on_ranks
-from torch.distributed.distributed_c10d import _set_pg_timeout
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import PreTrainedTokenizerFast
 
 from gft_megatron.config import ParallelConfig

@@ -45,9 +45,7 @@ def peak_of_export(path: Path, tp_size: int, pp_size: int) -> int | None:
 
     peak_memory = load_program("tools/bench/memory.py").PeakMemory
     cpu.install()
-    parallel = ParallelConfig(
-        tensor_model_parallel_size=tp_size, pipeline_model_parallel_size=pp_size
-    )
+    parallel = ParallelConfig(tensor_model_parallel_size=tp_size, pipeline_model_parallel_size=pp_size)
     lay_out(parallel)
     seed_ranks(1)
     folder = HfFolder(path)
