@@ -6,4 +6,4 @@ cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 bash tools/install.sh "${PYTHON:-python3}" "$venv"
 export OMP_NUM_THREADS=1 PATH="$PWD/$venv/bin:$PATH"
-exec python -m pytest -n 2 --no-loadscope-reorder "$@"
+exec python -m pytest -n 2 --no-loadscope-reorder --durations 25 --durations-min 5 "$@"
