@@ -2,10 +2,10 @@
 
 import os
 
-from gft_megatron.training import main
+from gft_megatron.training.process import prepare_process
 
 os.environ["OMP_NUM_THREADS"] = "1"
-main._prepare_process()
+prepare_process()
 
 from gft_megatron.training import cpu  # noqa: E402
 
@@ -13,6 +13,6 @@ cpu.install()
 
 import transformers.models.qwen2.modeling_qwen2  # noqa: E402, F401
 
-from gft_megatron.training import loop  # noqa: E402
+from gft_megatron.training import loop, main  # noqa: E402
 
 __all__ = ["loop", "main"]

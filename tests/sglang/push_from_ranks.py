@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from convert_logits_worker import logits_of
 from megatron.core import parallel_state
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from gft_megatron.rollout.sglang.http import Http, Keys
 from gft_megatron.rollout.sglang.weight_sync import build_weight_sync
 from gft_megatron.training import cpu
 from gft_megatron.training import model as models
+from gft_megatron.training.logits import logits_of
 from gft_megatron.training.parallel import lay_out, seed_ranks
 from gft_megatron.training.weights import export_hf_tensors, load_hf_weights
 

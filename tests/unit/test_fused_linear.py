@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hf_models import CONFIGS
 
 from gft_megatron import LOSSES, LossInputs
 from gft_megatron.config import ModelConfig, ParallelConfig
+from gft_megatron.convert import ModelShape
 from gft_megatron.losses import is_token_local
 from gft_megatron.losses.inputs import batch_sums
 from gft_megatron.training.fused_linear import _WithZeroGradient, return_hidden_states
@@ -32,7 +34,7 @@ def test_settings_that_need_logits_are_refused(settings: dict, ddp: dict, messag
 
 def test_a_mean_over_micro_batches_is_refused() -> None:
     """With or without the flag: Megatron would divide the sums by the number of micro-batches."""
-    shape = SimpleNamespace(check_tensor_parallel_size=lambda size: None, num_layers=2)
+    shape = ModelShape.from_hf(CONFIGS["qwen2"]())
     with pytest.raises(ValueError, match="calculate_per_token_loss=false: losses here are sums"):
         transformer_config(shape, ModelConfig(hf_checkpoint=""), ParallelConfig(), {"calculate_per_token_loss": False})
 
