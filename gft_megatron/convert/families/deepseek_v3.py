@@ -52,18 +52,24 @@ def _read_yarn(config: PreTrainedConfig) -> tuple[tuple[str, float], ...] | None
     rope = {name: value for name, value in config.rope_parameters.items() if value is not None}
     rope_type = rope.pop("rope_type")
     rope.pop("rope_theta")
+    rope.pop("type", None)  # what rope_type was called when DeepSeek-V3 was released; transformers keeps both
     if rope_type == "default":
         return None
     if rope_type != "yarn" or rope.keys() != _YARN:
         refuse(
             config, f"rope_type {rope_type!r} with {sorted(rope)}; expected 'default', or 'yarn' with {sorted(_YARN)}"
         )
+    for name, value in rope.items():
+        if type(value) not in (int, float) or not value > 0:  # transformers takes defaults in the place of 0
+            refuse(config, f"yarn with {name} {value!r}, expected a number above 0")
     return tuple(sorted(rope.items()))
 
 
 def _read_moe(config: PreTrainedConfig) -> MoeShape | None:
     if config.num_mtp_layers:
         refuse(config, f"num_nextn_predict_layers {config.num_mtp_layers}, expected 0; there is no table for them")
+    if not config.routed_scaling_factor > 0:
+        refuse(config, f"routed_scaling_factor {config.routed_scaling_factor}, expected a number above 0")
     if not config.norm_topk_prob:
         refuse(config, "norm_topk_prob is false; Megatron normalizes the weights of a sigmoid router")
     groups, chosen = (config.n_group, config.topk_group) if config.n_group != 1 else (None, None)
