@@ -24,8 +24,10 @@ from gft_megatron.convert.stored_tensor import StoredTensor
 from gft_megatron.convert.weight_files import open_weight_files, read_json
 
 _ROWS_COMPARED_AT_ONCE = 8192
-_MOST_LAYERS = 10_000
+_MOST = {"num_hidden_layers": 10_000, "num_labels": 10_000}
 """transformers makes a list of so many before anybody could compare it with the weights."""
+_OTHER_FILES = ("configuration_files", "transformers_weights")
+"""With these transformers reads other files than config.json and model.safetensors."""
 
 
 class HfFolder:
@@ -119,13 +121,18 @@ class HfFolder:
 def _read_config(path: Path) -> PreTrainedConfig:
     """The configuration, by transformers' own class for a family that we know; never by code from the folder."""
     raw = read_json(path)
-    num_layers = raw.get("num_hidden_layers")
-    if isinstance(num_layers, int) and num_layers > _MOST_LAYERS:
-        raise ValueError(f"{path}: num_hidden_layers {num_layers}, expected at most {_MOST_LAYERS}")
+    for name, most in _MOST.items():
+        if isinstance(raw.get(name), int) and raw[name] > most:
+            raise ValueError(f"{path}: {name} {raw[name]}, expected at most {most}")
+    for name in _OTHER_FILES:
+        if raw.get(name) is not None:
+            raise ValueError(f"{path}: {name} names other files, which would not be read")
     try:
         family_of(raw.get("model_type"), raw.get("architectures"))
         return AutoConfig.from_pretrained(path.parent, trust_remote_code=False, local_files_only=True)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
+    except (
+        ValueError, TypeError, KeyError, AttributeError, ArithmeticError, OSError, StrictDataclassError
+    ) as error:  # fmt: skip
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
