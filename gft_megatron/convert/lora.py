@@ -33,10 +33,15 @@ _UNSUPPORTED = {
     "trainable_token_indices": None,
     "target_parameters": None,
     "use_qalora": False,
+    "use_bdlora": None,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
 }
 """Fields of adapter_config.json with the only value that a product of two matrices stands for."""
 
-_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to start the factors that take something out of the base weights, which a folder of the base does not show."""
 
 
