@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import convert_checkpoint
 import pytest
-from conversion.verify import Unequal, Verify, judged, start_ranks
+from conversion.verify import Unequal, Verify, judged, start_ranks, verify
 from hf_models import CONFIGS_WITH_EXPERTS, save_model
 from safetensors.torch import load_file, save_file
 from torchrun import ROOT
@@ -116,6 +116,17 @@ def test_judged(bf16: bool, difference: float, same_top1: float, is_same: bool) 
     settings = Verify(Path("hf"), Path("megatron"), bf16=bf16)
     with nullcontext() if is_same else pytest.raises(Unequal):
         judged(found, settings)
+
+
+def test_ranks_of_torchrun_join_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While rank 0 reads a large model's tensors, the others would give up waiting for it to join."""
+    began = []
+    monkeypatch.setenv("RANK", "0")
+    for name in ("compare_tensors", "compare_logits"):
+        monkeypatch.setattr(f"conversion.verify.{name}", lambda settings, name=name: began.append(name))
+    verify(Verify(Path("hf"), Path("megatron")))
+    verify(Verify(Path("hf"), Path("megatron"), logits=False))
+    assert began == ["compare_logits", "compare_tensors"]
 
 
 def test_a_rank_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

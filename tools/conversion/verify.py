@@ -61,7 +61,8 @@ class Verify:
     tensors: bool = True
     """Compare the tensors."""
     logits: bool = True
-    """Compare the logits; needs the memory of both models."""
+    """Compare the logits; needs the memory of both models. Megatron's own loader reads the checkpoint for it, and
+    unpickles: only of one that you trust."""
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -96,11 +97,12 @@ def verify(settings: Verify) -> None:
     if not (settings.tensors or settings.logits):
         raise ValueError("--no-tensors --no-logits leave nothing to compare")
     started_by_torchrun = "RANK" in os.environ
-    if settings.tensors and os.environ.get("RANK", "0") == "0":
-        compare_tensors(settings)
     if settings.logits and started_by_torchrun:
         compare_logits(settings)
-    elif settings.logits:
+        return
+    if settings.tensors and os.environ.get("RANK", "0") == "0":
+        compare_tensors(settings)
+    if settings.logits:
         sys.stdout.flush()
         start_ranks(settings.num_ranks)
 
@@ -117,18 +119,20 @@ def compare_tensors(settings: Verify) -> None:
 
 
 def compare_logits(settings: Verify) -> None:
-    """On every rank."""
+    """On every rank; the tensors too where this program was started by torchrun."""
     prepare_process()
     from gft_megatron.training import cpu
 
     cpu.install()
     from gft_megatron.training.checkpoint import CheckpointError
-    from gft_megatron.training.exchange import FailedElsewhere
+    from gft_megatron.training.exchange import FailedElsewhere, on_rank_zero
     from gft_megatron.training.parallel import initialize
     from gft_megatron.training.verification import compare_logits as compare
 
     try:
         device = initialize(settings.parallel, seed=1)
+        if settings.tensors:  # not before: of a large model the others would give up waiting for rank 0 to join
+            on_rank_zero(lambda: compare_tensors(settings))
         found, warnings = compare(
             HfFolder(settings.hf),
             settings.megatron,
@@ -139,7 +143,7 @@ def compare_logits(settings: Verify) -> None:
             prompt_length=settings.prompt_length,
             make_vocab_size_divisible_by=settings.make_vocab_size_divisible_by,
         )
-    except (ValueError, OSError, CheckpointError, FailedElsewhere) as error:
+    except (ValueError, OSError, CheckpointError, FailedElsewhere, Unequal) as error:
         fail(error, status=1)
     is_main = dist.get_rank() == 0
     dist.destroy_process_group()
