@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from gft_megatron.convert.families import family_of
 from gft_megatron.convert.layout import shard
-from gft_megatron.convert.lora import AdaptedTensor, with_adapter
+from gft_megatron.convert.lora import ADAPTER_CONFIG_FILE, AdaptedTensor, with_adapter
 from gft_megatron.convert.mapping import expected_hf_shapes, hf_names_of, tensor_spec
 from gft_megatron.convert.model_shape import ModelShape
 from gft_megatron.convert.stored_tensor import StoredTensor
@@ -90,6 +90,10 @@ class HfFolder:
         Raises:
             ValueError: as `check_weights`.
         """
+        if (self.path / ADAPTER_CONFIG_FILE).exists():  # transformers would load the model that it names instead
+            raise ValueError(
+                f"{self.path / ADAPTER_CONFIG_FILE}: an adapter beside the weights; put it into a folder of its own"
+            )
         found = open_weight_files(self.path)
         num_experts = sum(self.shape.moe.layers) * self.shape.num_moe_experts if self.shape.moe else 0
         for what, count in (("num_hidden_layers", self.shape.num_layers), ("experts in all layers", num_experts)):

@@ -229,6 +229,9 @@ HF = {
     "config: in another file": (config(configuration_files=["config.4.0.0.json"]), "configuration_files"),
     "config: weights in another file": (config(transformers_weights="x.safetensors"), "transformers_weights"),
     "config: tied, but they differ": (config(tie_word_embeddings=True), "'lm_head.weight' differs"),
+    "an adapter beside the weights": (
+        lambda d: (d / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}'), "adapter_config.json",
+    ),
     "no folder": (shutil.rmtree, "config.json"),
 }  # fmt: skip
 
