@@ -217,6 +217,9 @@ def _divisors(number: int) -> list[int]:
 
 def _sliding_window(config: PreTrainedConfig, family: Family) -> int | None:
     window = config.sliding_window if family.has_sliding_window else None
+    if window is not None and getattr(config, "max_window_layers", None):
+        # Layers from there on, by the first code of Qwen3-MoE; all, by that of transformers 5.
+        refuse(config, f"sliding_window {window} with max_window_layers {config.max_window_layers}, expected neither")
     return window if window is not None and window < config.max_position_embeddings else None
 
 
@@ -241,6 +244,8 @@ def _refuse_what_megatron_would_compute_wrong(config: PreTrainedConfig) -> None:
     rope_theta = (config.rope_parameters or {}).get("rope_theta")
     if type(rope_theta) not in (int, float) or not rope_theta > 0 or "rope_type" not in config.rope_parameters:
         refuse(config, f"rope_parameters {config.rope_parameters}, expected one rope_theta above 0 for all layers")
+    if getattr(config, "use_mrope", False):
+        refuse(config, "use_mrope is true, expected the positions of a text model")
     if set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
         refuse(
             config,

@@ -28,6 +28,10 @@ _YARN = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
 _MAY_BE_NULL = ("v_head_dim", "n_group", "topk_group", "num_experts_per_tok", "first_k_dense_replace")
 
 
+_OF_THE_FIRST_CODE = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+"""Fields that the code released with the model had, and transformers ignores, with the only values that it computes."""
+
+
 def _read_mla(config: PreTrainedConfig) -> MlaShape:
     for name in _MAY_BE_NULL:
         if getattr(config, name) is None:
@@ -66,6 +70,9 @@ def _read_yarn(config: PreTrainedConfig) -> tuple[tuple[str, float], ...] | None
 
 
 def _read_moe(config: PreTrainedConfig) -> MoeShape | None:
+    for name, expected in _OF_THE_FIRST_CODE.items():
+        if (found := getattr(config, name, expected)) != expected:
+            refuse(config, f"{name} {found!r}, expected {expected!r}")
     if config.num_mtp_layers:
         refuse(config, f"num_nextn_predict_layers {config.num_mtp_layers}, expected 0; there is no table for them")
     if not config.routed_scaling_factor > 0:
