@@ -55,10 +55,11 @@ class WeightsToCompare:
         memory = torch.empty(max(parameter.nbytes for parameter in self._parameters.values()), dtype=torch.uint8)
         for name, parameter in self._parameters.items():
             for hf_name, found in merge_to_hf(self._folder.shape, name, [parameter.read(memory)]):
-                expected = self._folder.tensor(hf_name)
-                progress(expected.nbytes)
+                stored = self._folder.tensor(hf_name)
+                progress(stored.nbytes)
                 num_tensors += 1
-                if not _same_bits(expected.to(found.dtype), found):
+                expected = stored.to(found.dtype)
+                if not _same_bits(expected, found):
                     different[hf_name] = _largest_difference(expected, found)
         worst = max(different, key=different.__getitem__, default=None)
         return WeightsCompared(num_tensors, len(different), worst, different[worst] if worst else 0.0)

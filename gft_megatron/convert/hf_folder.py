@@ -17,15 +17,17 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from gft_megatron.convert.families import family_of
 from gft_megatron.convert.layout import shard
-from gft_megatron.convert.lora import AdaptedTensor, with_adapter
+from gft_megatron.convert.lora import ADAPTER_CONFIG_FILE, AdaptedTensor, with_adapter
 from gft_megatron.convert.mapping import expected_hf_shapes, hf_names_of, tensor_spec
 from gft_megatron.convert.model_shape import ModelShape
 from gft_megatron.convert.stored_tensor import StoredTensor
 from gft_megatron.convert.weight_files import open_weight_files, read_json
 
 _ROWS_COMPARED_AT_ONCE = 8192
-_MOST_LAYERS = 10_000
+_MOST = {"num_hidden_layers": 10_000, "num_labels": 10_000}
 """transformers makes a list of so many before anybody could compare it with the weights."""
+_OTHER_FILES = ("configuration_files", "transformers_weights")
+"""With these transformers reads other files than config.json and model.safetensors."""
 
 
 class HfFolder:
@@ -88,6 +90,10 @@ class HfFolder:
         Raises:
             ValueError: as `check_weights`.
         """
+        if (self.path / ADAPTER_CONFIG_FILE).exists():  # transformers would load the model that it names instead
+            raise ValueError(
+                f"{self.path / ADAPTER_CONFIG_FILE}: an adapter beside the weights; put it into a folder of its own"
+            )
         found = open_weight_files(self.path)
         num_experts = sum(self.shape.moe.layers) * self.shape.num_moe_experts if self.shape.moe else 0
         for what, count in (("num_hidden_layers", self.shape.num_layers), ("experts in all layers", num_experts)):
@@ -119,13 +125,18 @@ class HfFolder:
 def _read_config(path: Path) -> PreTrainedConfig:
     """The configuration, by transformers' own class for a family that we know; never by code from the folder."""
     raw = read_json(path)
-    num_layers = raw.get("num_hidden_layers")
-    if isinstance(num_layers, int) and num_layers > _MOST_LAYERS:
-        raise ValueError(f"{path}: num_hidden_layers {num_layers}, expected at most {_MOST_LAYERS}")
+    for name, most in _MOST.items():
+        if isinstance(raw.get(name), int) and raw[name] > most:
+            raise ValueError(f"{path}: {name} {raw[name]}, expected at most {most}")
+    for name in _OTHER_FILES:
+        if raw.get(name) is not None:
+            raise ValueError(f"{path}: {name} names other files, which would not be read")
     try:
         family_of(raw.get("model_type"), raw.get("architectures"))
         return AutoConfig.from_pretrained(path.parent, trust_remote_code=False, local_files_only=True)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
+    except (
+        ValueError, TypeError, KeyError, AttributeError, ArithmeticError, OSError, StrictDataclassError
+    ) as error:  # fmt: skip
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 

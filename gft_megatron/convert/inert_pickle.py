@@ -31,6 +31,7 @@ class Made:
 
 
 _MARK = object()
+_MOST_SHOWN = 80
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTY = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
 _LITERALS = {
@@ -106,7 +107,9 @@ def _read(content: bytes) -> Any:
             stack.append(Name(module, what))
         elif name == "STACK_GLOBAL":
             what, module = stack.pop(), stack.pop()
-            stack.append(Name(str(module), str(what)))
+            if type(what) is not str or type(module) is not str:
+                raise ValueError("a name that is no text")
+            stack.append(Name(module, what))
         elif name in ("REDUCE", "NEWOBJ"):
             arguments, maker = stack.pop(), stack.pop()
             stack.append(Made(maker, arguments))
@@ -125,6 +128,14 @@ def _read(content: bytes) -> Any:
             raise ValueError(f"instruction {name}")
     (value,) = stack
     return value
+
+
+def shown(value: Any) -> str:
+    """For a message: a name or a short text as it is, of anything else its type. A few hundred bytes of pickle can nest
+    what takes forever to print, or to hash."""
+    if isinstance(value, Name):
+        return f"{value.module}.{value.name}"[:_MOST_SHOWN]
+    return repr(value[:_MOST_SHOWN]) if type(value) is str else type(value).__name__
 
 
 def _list(value: Any) -> list[Any]:

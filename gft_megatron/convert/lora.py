@@ -19,7 +19,7 @@ from torch import Tensor
 from gft_megatron.convert.stored_tensor import StoredTensor
 from gft_megatron.convert.weight_files import read_json, refuse_to_leave, tensors_in
 
-_CONFIG_FILE = "adapter_config.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 _WEIGHTS_FILE = "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])(\.default)?\.weight")
 
@@ -33,10 +33,15 @@ _UNSUPPORTED = {
     "trainable_token_indices": None,
     "target_parameters": None,
     "use_qalora": False,
+    "use_bdlora": None,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
 }
 """Fields of adapter_config.json with the only value that a product of two matrices stands for."""
 
-_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to start the factors that take something out of the base weights, which a folder of the base does not show."""
 
 
@@ -82,7 +87,7 @@ def with_adapter(weights: Mapping[str, StoredTensor], folder: Path) -> dict[str,
     Raises:
         ValueError: something in the folder that is no plain LoRA of this model; one line, naming the file.
     """
-    config = _read_config(folder / _CONFIG_FILE)
+    config = _read_config(folder / ADAPTER_CONFIG_FILE)
     path = folder / _WEIGHTS_FILE
     if not path.is_file():
         raise ValueError(

@@ -17,7 +17,7 @@ import torch
 from gft_megatron.convert.complete_folder import refuse_to_replace_what_is_not_ours
 from gft_megatron.convert.conversion_plan import HF_PART, Plan, Progress, check_workers, make_plan
 from gft_megatron.convert.families import Layout
-from gft_megatron.convert.families.tables import dtype_kept
+from gft_megatron.convert.families.tables import KEPT_IN_FLOAT32, dtype_kept
 from gft_megatron.convert.hf_folder import HfFolder
 from gft_megatron.convert.hf_writer import HfFolderWriter, check_carried_files, plan_files
 from gft_megatron.convert.mapping import (
@@ -56,11 +56,11 @@ class MegatronToHf:
             ValueError, OSError: nothing is left behind then.
         """
         self.plan.check_disk(self.target)
-        several = len(set(self.dtypes.values())) > 1
+        of_the_model = {dtype for name, dtype in self.dtypes.items() if not name.endswith(KEPT_IN_FLOAT32)}
         with HfFolderWriter(
             self.target,
             source_folder=self.config_folder,
-            dtype=self.dtypes if several else next(iter(self.dtypes.values())),
+            dtype=self.dtypes if len(of_the_model) > 1 else next(iter(of_the_model)),
             max_shard_bytes=self.max_shard_bytes,
             flag="OUT",
         ) as writer:

@@ -217,6 +217,9 @@ def _divisors(number: int) -> list[int]:
 
 def _sliding_window(config: PreTrainedConfig, family: Family) -> int | None:
     window = config.sliding_window if family.has_sliding_window else None
+    if window is not None and getattr(config, "max_window_layers", None):
+        # Layers from there on, by the first code of Qwen3-MoE; all, by that of transformers 5.
+        refuse(config, f"sliding_window {window} with max_window_layers {config.max_window_layers}, expected neither")
     return window if window is not None and window < config.max_position_embeddings else None
 
 
@@ -226,7 +229,7 @@ def _moe(config: PreTrainedConfig, family: Family) -> MoeShape | None:
         return None
     if moe.router_topk > moe.num_experts:
         refuse(config, f"num_experts_per_tok {moe.router_topk}, expected at most its {moe.num_experts} experts")
-    if moe.router_topk == 1 and not moe.router_pre_softmax and not moe.sigmoid:
+    if moe.router_topk == 1 and not moe.router_pre_softmax:  # of sigmoids too: Megatron leaves a single one as it is
         refuse(config, "num_experts_per_tok 1 with normalized weights (norm_topk_prob), which are always 1")
     return moe
 
@@ -236,6 +239,13 @@ def _refuse_what_megatron_would_compute_wrong(config: PreTrainedConfig) -> None:
         refuse(config, "its weights are quantized (quantization_config); use the checkpoint it was quantized from")
     if getattr(config, "auto_map", None):
         refuse(config, "it brings its own code (auto_map), which is never run")
+    if getattr(config, "is_heterogeneous", False):
+        refuse(config, "its layers differ from each other (per_layer_config)")
+    rope_theta = (config.rope_parameters or {}).get("rope_theta")
+    if type(rope_theta) not in (int, float) or not rope_theta > 0 or "rope_type" not in config.rope_parameters:
+        refuse(config, f"rope_parameters {config.rope_parameters}, expected one rope_theta above 0 for all layers")
+    if getattr(config, "use_mrope", False):
+        refuse(config, "use_mrope is true, expected the positions of a text model")
     if set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
         refuse(
             config,
@@ -270,4 +280,6 @@ def _rope(config: PreTrainedConfig) -> tuple[float, float | None]:
     found = {name: rope[name] for name in _MEGATRON_LLAMA3_ROPE}
     if found != _MEGATRON_LLAMA3_ROPE:
         raise ValueError(f"llama3 rope scaling with {found}; Megatron-Core computes only {_MEGATRON_LLAMA3_ROPE}")
+    if type(rope["factor"]) not in (int, float) or not rope["factor"] >= 1:
+        raise ValueError(f"llama3 rope scaling with factor {rope['factor']!r}, expected at least 1")
     return rope["rope_theta"], rope["factor"]

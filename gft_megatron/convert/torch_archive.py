@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from gft_megatron.convert.inert_pickle import Made, Name, read_inert
+from gft_megatron.convert.inert_pickle import Made, Name, read_inert, shown
 from gft_megatron.convert.stored_tensor import StoredTensor
 
 _STORAGES = {
@@ -75,7 +75,10 @@ def tensor_in_archive(path: Path, offset: int, length: int) -> StoredTensor:
             raise ValueError(f"the file has {path.stat().st_size} bytes")
         with _Window(path, offset, length) as window, zipfile.ZipFile(window) as archive:
             return _find_tensor(path, offset, window, archive)
-    except (ValueError, OSError, KeyError, struct.error, zipfile.BadZipFile, RuntimeError, EOFError) as error:
+    except (
+        ValueError, OSError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, struct.error,
+        zipfile.BadZipFile,
+    ) as error:  # fmt: skip
         raise ValueError(
             f"{path}: bytes {offset} to {offset + length} are no whole tensor of torch.save: {error}"
         ) from error
@@ -110,13 +113,20 @@ def _small_member(archive: zipfile.ZipFile, name: str, default: bytes | None = N
 def _form(pickled: Any) -> tuple[torch.dtype, str, tuple[int, ...]]:
     """Dtype, name of the member with the elements, shape."""
     if not isinstance(pickled, Made) or pickled.maker != _REBUILD:
-        raise ValueError(f"made by {pickled.maker if isinstance(pickled, Made) else type(pickled).__name__}")
+        raise ValueError(f"made by {shown(pickled.maker if isinstance(pickled, Made) else pickled)}")
     storage, first, shape, strides, *_ = pickled.arguments
     kind, storage_type, key, _, num_elements = storage.arguments
-    if kind != "storage" or storage_type not in _STORAGES:
-        raise ValueError(f"a storage of {storage_type}, expected float32, bfloat16 or float16")
+    if kind != "storage" or not isinstance(storage_type, Name) or storage_type not in _STORAGES:
+        raise ValueError(f"a storage of {shown(storage_type)}, expected float32, bfloat16 or float16")
+    are_tuples = isinstance(shape, tuple) and isinstance(strides, tuple)
+    if (
+        type(key) is not str
+        or not are_tuples
+        or not all(type(number) is int for number in (*shape, *strides, num_elements))
+    ):
+        raise ValueError("a shape that is no numbers")
     contiguous = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     same = all(size == 1 or a == b for size, a, b in zip(shape, strides, contiguous, strict=True))
     if first != 0 or not same or num_elements != math.prod(shape):
         raise ValueError(f"a view with strides {strides} of {num_elements} elements, expected a whole tensor")
-    return _STORAGES[storage_type], str(key), tuple(shape)
+    return _STORAGES[storage_type], key, tuple(shape)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gft_megatron.convert.inert_pickle import Made, Name, read_inert
+from gft_megatron.convert.inert_pickle import Made, Name, read_inert, shown
 from gft_megatron.convert.stored_tensor import StoredTensor
 from gft_megatron.convert.torch_archive import tensor_in_archive
 from gft_megatron.convert.weight_files import read_json, refuse_to_leave
@@ -155,6 +155,8 @@ class TorchDistFolder:
             state = _state_of(read_inert(path.read_bytes()), "Metadata")
             places = self._places(state["storage_data"])
             for key, entry in state["state_dict_metadata"].items():
+                if type(key) is not str:
+                    raise ValueError(f"a tensor is called {shown(key)}")
                 if entry.maker.name == "BytesStorageMetadata":
                     self.objects.add(key)
                 else:
@@ -168,10 +170,12 @@ class TorchDistFolder:
         for index, info in storage_data.items():
             where, what = _state_of(index, "MetadataIndex"), _state_of(info, "_StorageInfo")
             name = what["relative_path"]
+            if type(where["fqn"]) is not str:
+                raise ValueError(f"a tensor is called {shown(where['fqn'])}")
             if not isinstance(name, str) or Path(name).name != name:
-                raise ValueError(f"tensor {where['fqn']!r} is in {name!r}, expected the name of a file beside it")
+                raise ValueError(f"tensor {where['fqn']!r} is in {shown(name)}, expected the name of a file beside it")
             if what.get("transform_descriptors"):
-                raise ValueError(f"tensor {where['fqn']!r} is transformed: {what['transform_descriptors']}")
+                raise ValueError(f"tensor {where['fqn']!r} is transformed: {_listed(what['transform_descriptors'])}")
             if where.get("offset") is not None:
                 places[where["fqn"], _size(where["offset"])] = (
                     self.path / name, _number(what["offset"]), _number(what["length"]),
@@ -238,7 +242,8 @@ def _global_tensor(
     key: str, entry: Made, places: dict[tuple[str, tuple[int, ...]], tuple[Path, int, int]]
 ) -> GlobalTensor:
     state = _state_of(entry, "TensorStorageMetadata")
-    dtype = _DTYPES.get(_state_of(state["properties"], "TensorProperties")[0])
+    name = _state_of(state["properties"], "TensorProperties")[0]
+    dtype = _DTYPES.get(name) if isinstance(name, Name) else None
     if dtype is None:
         raise ValueError(f"tensor {key!r} has a dtype that we do not know")
     shape = _size(state["size"])
@@ -256,20 +261,24 @@ def _global_tensor(
     return GlobalTensor(key, dtype, shape, tuple(boxes))
 
 
+def _listed(values: Any) -> str:
+    return ", ".join(map(shown, values[:8])) if isinstance(values, list) else shown(values)
+
+
 def _state_of(made: Any, class_name: str) -> Any:
     if not isinstance(made, Made) or not isinstance(made.maker, Name) or made.maker.name != class_name:
-        raise ValueError(f"expected a {class_name}, found {getattr(made, 'maker', type(made).__name__)}")
+        raise ValueError(f"expected a {class_name}, found {shown(getattr(made, 'maker', made))}")
     return made.state
 
 
 def _size(made: Made) -> tuple[int, ...]:
     """A torch.Size."""
     if made.maker != Name("torch", "Size"):
-        raise ValueError(f"expected a torch.Size, found {made.maker}")
+        raise ValueError(f"expected a torch.Size, found {shown(made.maker)}")
     return tuple(_number(number) for number in made.arguments[0])
 
 
 def _number(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"expected a size or a place in a file, found {str(value)[:40]}")
+        raise ValueError(f"expected a size or a place in a file, found {shown(value)}")
     return value

@@ -7,10 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import convert_checkpoint
 import pytest
+from conversion.verify import Unequal, Verify, judged, start_ranks, verify
 from hf_models import CONFIGS_WITH_EXPERTS, save_model
 from safetensors.torch import load_file, save_file
 from torchrun import ROOT
@@ -79,9 +82,59 @@ def test_another_tensor(
     assert "\n" not in line and "logits" not in capsys.readouterr().out
 
 
-def test_no_ranks(sides: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    line = refusal(monkeypatch, *sides, "--expert-model-parallel-size", 0)
-    assert line == "error: --expert-model-parallel-size 0: it has to be at least 1"
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--expert-model-parallel-size", 0), "--expert-model-parallel-size 0: it has to be at least 1"),
+        (("--num-prompts", 0), "--num-prompts 0: it has to be at least 1"),
+        (("--prompt-length", -1), "--prompt-length -1: it has to be at least 1"),
+        (("--tolerance", "inf"), "--tolerance inf: it has to be a number of at least 0"),
+        (("--tolerance", "nan"), "--tolerance nan: it has to be a number of at least 0"),
+        (("--no-tensors", "--no-logits"), "--no-tensors --no-logits leave nothing to compare"),
+    ],
+)
+def test_nothing_to_compare(monkeypatch: pytest.MonkeyPatch, flags: tuple[object, ...], message: str) -> None:
+    assert refusal(monkeypatch, "hf", "megatron", *flags) == f"error: {message}"
+
+
+@pytest.mark.parametrize(
+    ("bf16", "difference", "same_top1", "is_same"),
+    [
+        (True, 0.1, 0.99, True),
+        (True, 0.1, 0.98, False),
+        (True, float("nan"), float("nan"), False),
+        (True, float("inf"), 1.0, False),  # the first choice is an infinite logit of both
+        (False, 1e-4, 0.5, True),
+        (False, 2e-4, 1.0, False),
+        (False, float("nan"), 1.0, False),
+    ],
+)
+def test_judged(bf16: bool, difference: float, same_top1: float, is_same: bool) -> None:
+    found = SimpleNamespace(
+        num_positions=8, largest_difference=difference, worst=(0, 1, 2), same_top1=same_top1
+    )  # fmt: skip
+    settings = Verify(Path("hf"), Path("megatron"), bf16=bf16)
+    with nullcontext() if is_same else pytest.raises(Unequal):
+        judged(found, settings)
+
+
+def test_ranks_of_torchrun_join_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While rank 0 reads a large model's tensors, the others would give up waiting for it to join."""
+    began = []
+    monkeypatch.setenv("RANK", "0")
+    for name in ("compare_tensors", "compare_logits"):
+        monkeypatch.setattr(f"conversion.verify.{name}", lambda settings, name=name: began.append(name))
+    verify(Verify(Path("hf"), Path("megatron")))
+    verify(Verify(Path("hf"), Path("megatron"), logits=False))
+    assert began == ["compare_logits", "compare_tensors"]
+
+
+def test_a_rank_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has said nothing itself."""
+    (tmp_path / "program.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "program.py")])
+    with pytest.raises(OSError, match="rank 0 was ended by signal 9"):
+        start_ranks(1)
 
 
 def test_other_logits(sides: tuple[Path, Path], altered: Path) -> None:

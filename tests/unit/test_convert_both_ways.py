@@ -107,7 +107,7 @@ def test_a_routers_bias_stays_float32(tmp_path: Path) -> None:
     """As in transformers and in Megatron, whatever the weights are written in."""
     source = save_model(tmp_path / "source", CONFIGS_WITH_EXPERTS["deepseek-v3"]())
     convert(ToMegatron(source, tmp_path / "out", dtype="bfloat16"))
-    convert(ToHf(tmp_path / "out", tmp_path / "back"))
+    convert(ToHf(tmp_path / "out", tmp_path / "back", hf_checkpoint=source))
     listed = TorchDistFolder(tmp_path / "out" / "release").tensors
     assert listed["decoder.layers.2.mlp.router.expert_bias"].dtype is torch.float32
     assert listed["decoder.layers.2.mlp.router.weight"].dtype is torch.bfloat16
@@ -116,6 +116,8 @@ def test_a_routers_bias_stays_float32(tmp_path: Path) -> None:
         for name, tensor in tensors_of(source).items()
     }
     assert_equal(tensors_of(tmp_path / "back"), expected)
+    dtypes = [json.loads((folder / "config.json").read_text())["dtype"] for folder in (source, tmp_path / "back")]
+    assert dtypes == ["float32", "bfloat16"]
 
 
 def test_more_experts_than_tensors(tmp_path: Path) -> None:

@@ -217,7 +217,21 @@ HF = {
     "config: a layer less": (config(num_hidden_layers=2, layer_types=None), "model.layers.2."),
     "config: 10^9 layers": (config(num_hidden_layers=10**9, layer_types=None), "num_hidden_layers 1000000000"),
     "config: 9,999 layers": (config(num_hidden_layers=9_999, layer_types=None), "num_hidden_layers 9999"),
+    "config: 10^9 labels": (config(num_labels=10**9), "num_labels 1000000000"),
+    "config: a division by zero": (
+        config(
+            rope_parameters={
+                "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 0,
+            }
+        ),
+        "division by zero",
+    ),
+    "config: in another file": (config(configuration_files=["config.4.0.0.json"]), "configuration_files"),
+    "config: weights in another file": (config(transformers_weights="x.safetensors"), "transformers_weights"),
     "config: tied, but they differ": (config(tie_word_embeddings=True), "'lm_head.weight' differs"),
+    "an adapter beside the weights": (
+        lambda d: (d / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}'), "adapter_config.json",
+    ),
     "no folder": (shutil.rmtree, "config.json"),
 }  # fmt: skip
 
@@ -328,6 +342,22 @@ def pickled(make: Callable[[Path], bytes]) -> Callable[[Path], object]:
     return lambda folder: (release(folder) / ".metadata").write_bytes(make(folder))
 
 
+def nested(depth: int = 60) -> bytes:
+    """A pickle's instructions for a tuple of twice a tuple of twice ..., 2^depth in all: to print or hash it would take
+    forever."""
+    return b")q\x00" + b"h\x00\x86q\x00" * depth
+
+
+def text(content: str) -> bytes:
+    return b"X" + struct.pack("<I", len(content)) + content.encode()
+
+
+def form(storage: bytes = b"ctorch\nFloatStorage\n", shape: bytes = b"(K\x01t") -> bytes:
+    """data.pkl of a tensor."""
+    storage = b"(" + text("storage") + storage + text("0") + text("cpu") + b"K\x01tQ"
+    return b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00" + shape + b"(K\x01ttR."
+
+
 MEGATRON = {
     "no metadata.json": (lambda d: (release(d) / "metadata.json").unlink(), "metadata.json"),
     "no .metadata": (lambda d: (release(d) / ".metadata").unlink(), "/.metadata"),
@@ -350,6 +380,10 @@ MEGATRON = {
     "list: memo of 2^31": (pickled(lambda d: b"\x80\x02Nr\xff\xff\xff\x7f."), ".metadata"),
     "list: bytes of 2^62": (pickled(lambda d: b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"."), ".metadata"),
     "list: nothing but marks": (pickled(lambda d: b"(" * 1000), ".metadata"),
+    "list: named by what cannot be printed": (
+        pickled(lambda d: b"\x80\x04" + text("os") + nested() + b"\x93."), "no text",
+    ),
+    "list: made by what cannot be printed": (pickled(lambda d: b"\x80\x02" + nested() + b")R."), "found tuple"),
     "missing file": (lambda d: first_file(d).unlink(), ".distcp is missing"),
     **{
         f"file truncated at random, {seed}": (lambda d, seed=seed: truncate(first_file(d), seed), ".distcp")
@@ -370,6 +404,17 @@ MEGATRON = {
     "transformed": (lambda d: change_places(d, transform_descriptors=["zstd"]), "zstd"),
     "part: a program": (
         lambda d: overwrite_part(d, archive_of(d, pickle.dumps(Bomb(d.parent / EXECUTED), 2))), QKV,
+    ),
+    "part: a storage that cannot be hashed": (
+        lambda d: overwrite_part(d, archive_of(d, form(storage=nested()))), "a storage of tuple",
+    ),
+    "part: a shape of a list and 2^40": (
+        lambda d: overwrite_part(d, archive_of(d, form(shape=b"(]K\x00a\x8a\x06" + b"\0" * 5 + b"\1t"))), "no numbers",
+    ),
+    "part: made of a number": (
+        lambda d: overwrite_part(
+            d, archive_of(d, b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nK\x01R.")
+        ), QKV,
     ),
     "part: compressed": (lambda d: overwrite_part(d, archive_of(d, compression=zipfile.ZIP_DEFLATED)), "compressed"),
     "part: int8": (lambda d: overwrite_part(d, saved(torch.ones(1, 128, 64, dtype=torch.int8))), "CharStorage"),

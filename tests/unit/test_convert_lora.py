@@ -87,6 +87,7 @@ CONFIG_INJURIES = {
     "peft_type": ("IA3", "peft_type 'IA3', expected 'LORA'"),
     "use_dora": (True, "use_dora True cannot be merged"),
     "fan_in_fan_out": (True, "fan_in_fan_out True cannot be merged"),
+    "alora_invocation_tokens": ([5, 6], "alora_invocation_tokens .* cannot be merged"),
     "bias": ("all", "bias 'all' cannot be merged, expected 'none'"),
     "modules_to_save": (["lm_head"], r"modules_to_save \['lm_head'\] cannot be merged"),
     "init_lora_weights": ("pissa_niter_4", "init_lora_weights 'pissa_niter_4' has changed the base weights too"),

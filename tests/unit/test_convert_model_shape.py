@@ -87,6 +87,11 @@ def rope(**changes: Any) -> dict[str, Any]:
         (LlamaConfig, rope(high_freq_factor=8.0), "high_freq_factor"),
         (LlamaConfig, rope(original_max_position_embeddings=4096), "original_max_position_embeddings"),
         (LlamaConfig, rope(partial_rotary_factor=0.5), "partial_rotary_factor"),
+        (LlamaConfig, rope(factor=None), "factor None"),
+        (LlamaConfig, rope(factor=0.5), "factor 0.5"),
+        (LlamaConfig, {"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta"),
+        (LlamaConfig, {"per_layer_config": {"1": {"rms_norm_eps": 1e-3}}}, "per_layer_config"),
+        (Qwen3Config, {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters"),
         (Qwen3MoeConfig, {"attention_bias": True}, "attention_bias"),
         (Qwen3MoeConfig, {**QWEN3_MOE, "num_experts_per_tok": 1, "norm_topk_prob": True}, "num_experts_per_tok 1 "),
         (Qwen3MoeConfig, {**QWEN3_MOE, "num_experts_per_tok": 5}, "num_experts_per_tok 5"),
@@ -100,13 +105,29 @@ def rope(**changes: Any) -> dict[str, Any]:
         (DeepseekV3Config, {**DEEPSEEK_V3, "num_mtp_layers": 1}, "num_nextn_predict_layers 1"),
         (DeepseekV3Config, {**DEEPSEEK_V3, "num_experts_per_tok": 3}, "num_experts_per_tok 3, .* topk_group 2"),
         (DeepseekV3Config, {**DEEPSEEK_V3, "norm_topk_prob": False}, "norm_topk_prob"),
+        (DeepseekV3Config, {**DEEPSEEK_V3, "scoring_func": "softmax"}, "scoring_func 'softmax', expected 'sigmoid'"),
+        (DeepseekV3Config, {**DEEPSEEK_V3, "topk_method": "greedy"}, "topk_method 'greedy'"),
+        (DeepseekV3Config, {**DEEPSEEK_V3, "moe_layer_freq": 2}, "moe_layer_freq 2"),
+        (Qwen2Config, {"use_mrope": True}, "use_mrope"),
+        (
+            Qwen3MoeConfig,
+            {**QWEN3_MOE, "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
+            "max_window_layers 1",
+        ),
         (DeepseekV3Config, {**DEEPSEEK_V3, "topk_group": None}, "topk_group is null"),
         (DeepseekV3Config, {**DEEPSEEK_V3, "kv_lora_rank": 0}, "kv_lora_rank 0"),
         (DeepseekV3Config, {**DEEPSEEK_V3, "rope_interleave": False}, "rope_interleave"),
         (DeepseekV3Config, {**DEEPSEEK_V3, "rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05"),
         (DeepseekV3Config, {**DEEPSEEK_V3, "num_key_value_heads": 4}, "num_key_value_heads 4, expected 8"),
         (DeepseekV3Config, {**DEEPSEEK_V3, "rope_parameters": {**YARN, "attention_factor": 2.0}}, "attention_factor"),
+        (DeepseekV3Config, {**DEEPSEEK_V3, "rope_parameters": {**YARN, "mscale_all_dim": 0}}, "mscale_all_dim 0"),
         (DeepseekV3Config, {**DEEPSEEK_V3, **rope()}, "'llama3'"),
+        (
+            DeepseekV3Config,  # transformers' one weight is 1, Megatron's a sigmoid
+            {**DEEPSEEK_V3, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1},
+            "num_experts_per_tok 1 ",
+        ),
+        (DeepseekV3Config, {**DEEPSEEK_V3, "routed_scaling_factor": 0.0}, "routed_scaling_factor 0.0"),
         (GemmaConfig, {}, "'gemma': .* root of the width"),
         (Gemma2Config, {}, "'gemma2': .*softcapping"),
         (Gemma3TextConfig, {}, "'gemma3_text': .*two rope bases"),
@@ -118,6 +139,13 @@ def test_refusals(config_class: type, changes: dict[str, Any], message: str) -> 
     with pytest.raises(ValueError, match=message) as raised:
         ModelShape.from_hf(config)
     assert "\n" not in str(raised.value)
+
+
+def test_yarn_as_deepseek_released_it() -> None:
+    """With `type`, and in `rope_scaling`."""
+    scaling = {key: value for key, value in YARN.items() if key not in ("rope_type", "rope_theta")}
+    config = DeepseekV3Config(rope_scaling={**scaling, "type": "yarn"}, rope_theta=10000, **DEEPSEEK_V3)
+    assert dict(ModelShape.from_hf(config).mla.yarn) == scaling
 
 
 def test_unused_sliding_window_is_accepted() -> None:

@@ -28,6 +28,10 @@ _YARN = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
 _MAY_BE_NULL = ("v_head_dim", "n_group", "topk_group", "num_experts_per_tok", "first_k_dense_replace")
 
 
+_OF_THE_FIRST_CODE = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+"""Fields that the code released with the model had, and transformers ignores, with the only values that it computes."""
+
+
 def _read_mla(config: PreTrainedConfig) -> MlaShape:
     for name in _MAY_BE_NULL:
         if getattr(config, name) is None:
@@ -52,18 +56,27 @@ def _read_yarn(config: PreTrainedConfig) -> tuple[tuple[str, float], ...] | None
     rope = {name: value for name, value in config.rope_parameters.items() if value is not None}
     rope_type = rope.pop("rope_type")
     rope.pop("rope_theta")
+    rope.pop("type", None)  # what rope_type was called when DeepSeek-V3 was released; transformers keeps both
     if rope_type == "default":
         return None
     if rope_type != "yarn" or rope.keys() != _YARN:
         refuse(
             config, f"rope_type {rope_type!r} with {sorted(rope)}; expected 'default', or 'yarn' with {sorted(_YARN)}"
         )
+    for name, value in rope.items():
+        if type(value) not in (int, float) or not value > 0:  # transformers takes defaults in the place of 0
+            refuse(config, f"yarn with {name} {value!r}, expected a number above 0")
     return tuple(sorted(rope.items()))
 
 
 def _read_moe(config: PreTrainedConfig) -> MoeShape | None:
+    for name, expected in _OF_THE_FIRST_CODE.items():
+        if (found := getattr(config, name, expected)) != expected:
+            refuse(config, f"{name} {found!r}, expected {expected!r}")
     if config.num_mtp_layers:
         refuse(config, f"num_nextn_predict_layers {config.num_mtp_layers}, expected 0; there is no table for them")
+    if not config.routed_scaling_factor > 0:
+        refuse(config, f"routed_scaling_factor {config.routed_scaling_factor}, expected a number above 0")
     if not config.norm_topk_prob:
         refuse(config, "norm_topk_prob is false; Megatron normalizes the weights of a sigmoid router")
     groups, chosen = (config.n_group, config.topk_group) if config.n_group != 1 else (None, None)
