@@ -66,6 +66,26 @@ def shard(parts: Sequence[Sliceable], spec: TensorSpec, tp_rank: int, tp_size: i
     return torch.cat([rows.unflatten(0, (runs, -1)) for rows in own], dim=1).flatten(0, 1)
 
 
+def shard_of_whole(whole: Sliceable, spec: TensorSpec, tp_rank: int, tp_size: int, padded_rows: int = 0) -> Tensor:
+    """The same of the whole Megatron parameter, `shard(parts, spec, 0, 1)`, as a torch_dist checkpoint has it.
+
+    Args:
+        whole: of a VOCAB layout with any padding, which is not read.
+    """
+    if spec.layout is Layout.REPLICATED:
+        return whole[:]
+    if spec.layout is Layout.ROW:
+        return whole[:, _share(spec.part_shapes[0][1], tp_rank, tp_size)]
+    if spec.layout is Layout.VOCAB:
+        return _padded_share(whole, spec.part_shapes[0][0], tp_rank, tp_size, padded_rows)
+    if spec.layout is Layout.GATED:
+        rows = spec.part_shapes[0][0]
+        own = _share(rows, tp_rank, tp_size)
+        starts = range(0, rows * len(spec.part_shapes), rows)
+        return torch.cat([whole[slice(start + own.start, start + own.stop)] for start in starts])
+    return whole[_share(sum(shape[0] for shape in spec.part_shapes), tp_rank, tp_size)]
+
+
 def merge(shards: Sequence[Tensor], spec: TensorSpec) -> Iterator[Tensor]:
     """The whole Hugging Face tensors, contiguous, in the order of `spec.part_shapes`; may be views of the shards.
 

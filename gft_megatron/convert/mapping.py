@@ -87,6 +87,18 @@ def megatron_parameters(shape: ModelShape) -> list[str]:
     ]
 
 
+def parameter_name(shape: ModelShape, name: str) -> str:
+    """The name in `megatron_parameters` of a parameter under any of its names; the embedding's for an output layer that
+    is tied to it.
+
+    Raises:
+        ValueError: no table has a parameter of this name.
+    """
+    entry, layer, expert = _find(shape, name)
+    is_tied = name == OUTPUT_LAYER and shape.tie_word_embeddings
+    return EMBEDDING if is_tied else entry.names[0].format(i=layer, e=expert)
+
+
 def checkpoint_places(shape: ModelShape, name: str) -> tuple[CheckpointPlace, ...]:
     """Where a torch_dist checkpoint may have the parameter; the first is where both Megatrons that we know write it.
 

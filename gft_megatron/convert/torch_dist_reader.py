@@ -108,6 +108,29 @@ class StoredParameter:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
+        """A slice of rows, of columns, or of both; what lies elsewhere is not read.
+
+        Raises:
+            ValueError, OSError: a file has changed or cannot be read.
+        """
+        slices = index if isinstance(index, tuple) else (index,)
+        missing = (slice(None),) * (len(self.shape) - len(slices))
+        bounds = [part.indices(size)[:2] for part, size in zip((*slices, *missing), self.shape, strict=True)]
+        chosen = torch.empty([stop - start for start, stop in bounds], dtype=self.dtype)
+        for piece in self.pieces:
+            boxes = [
+                (max(start, at), min(stop, at + size))
+                for (start, stop), at, size in zip(bounds, piece.offsets, piece.stored.shape, strict=True)
+            ]
+            if all(low < high for low, high in boxes):
+                place, inside = (
+                    tuple(slice(low - zero, high - zero) for (low, high), zero in zip(boxes, zeros, strict=True))
+                    for zeros in ([start for start, _ in bounds], piece.offsets)
+                )
+                chosen[place] = piece.stored[inside]
+        return chosen
+
     def read(self, memory: Tensor) -> Tensor:
         """All of it.
 

@@ -38,7 +38,7 @@ _FOLDER = re.compile(r"iter_(\d{7})")
 
 # A full disk or a damaged file can fail in any way inside dist_checkpointing; what a writer met reaches every rank as
 # torch's CheckpointException, which is no Exception.
-FAILURES = (Exception, CheckpointException)
+_FAILURES = (Exception, CheckpointException)
 
 
 class CheckpointError(Exception):
@@ -86,10 +86,10 @@ def save_checkpoint(
             _publish(partial, final, iteration)
             _remove_old(root, keep=keep_last, newest=iteration)
         dist.barrier()
-    except FAILURES as error:
+    except _FAILURES as error:
         free = shutil.disk_usage(root if root.exists() else root.parent).free
         raise CheckpointError(
-            f"could not write the checkpoint {final}: {reason_of(error)}; {free / 2**20:.0f} MiB are free there; "
+            f"could not write the checkpoint {final}: {_reason(error)}; {free / 2**20:.0f} MiB are free there; "
             f"earlier checkpoints are untouched"
         ) from error
     return final
@@ -136,7 +136,13 @@ def load_checkpoint(
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    warnings = loading_warnings()
+    warnings = []
+    version = importlib.metadata.version("megatron-core")
+    if Version(version) < Version("0.17.1"):
+        warnings.append(
+            f"megatron-core {version} unpickles what it finds in a checkpoint (CVE-2026-65180, fixed in 0.17.1): "
+            f"load only checkpoints that you wrote yourself"
+        )
     try:
         run_state = json.loads((folder / "run_state.json").read_text())
         state, _ = _sharded_state(chunks, optimizer, is_loading=True)
@@ -144,8 +150,8 @@ def load_checkpoint(
         for key, chunk in _named_chunks(chunks):
             unwrapped(chunk).load_state_dict(loaded[key])
         optimizer.load_state_dict(loaded["optimizer"])
-    except FAILURES as error:
-        raise CheckpointError(f"could not read the checkpoint {folder}: {reason_of(error)}") from error
+    except _FAILURES as error:
+        raise CheckpointError(f"could not read the checkpoint {folder}: {_reason(error)}") from error
     if run_state.get("layout") == layout() and _random_state_file(folder).exists():
         _set_random_state(load_file(_random_state_file(folder)))
     else:
@@ -153,19 +159,7 @@ def load_checkpoint(
     return run_state, warnings
 
 
-def loading_warnings() -> list[str]:
-    """What whoever loads a checkpoint with the installed Megatron-Core has to know."""
-    version = importlib.metadata.version("megatron-core")
-    if Version(version) >= Version("0.17.1"):
-        return []
-    return [
-        f"megatron-core {version} unpickles what it finds in a checkpoint (CVE-2026-65180, fixed in 0.17.1): "
-        f"load only checkpoints that you wrote yourself"
-    ]
-
-
-def reason_of(error: BaseException) -> str:
-    """One line of what went wrong in dist_checkpointing."""
+def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         # Some ranks hear only that another one failed.
         error, _ = next(iter(error.failures.values()), (OSError("a file could not be written"), None))

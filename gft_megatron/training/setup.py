@@ -20,6 +20,7 @@ from gft_megatron.command_line import save_config
 from gft_megatron.config import RunConfig
 from gft_megatron.convert.complete_folder import refuse_to_replace_what_is_not_ours
 from gft_megatron.convert.hf_folder import HfFolder
+from gft_megatron.convert.megatron_weights import MegatronWeights
 from gft_megatron.convert.model_shape import ModelShape
 from gft_megatron.data.order import PromptOrder
 from gft_megatron.data.prompts import PromptStoreInfo, prepare_prompts
@@ -42,11 +43,10 @@ from gft_megatron.training.model import (
 )
 from gft_megatron.training.optimizer import build_optimizer, build_scheduler, reset_optimizer
 from gft_megatron.training.parallel import initialize
-from gft_megatron.training.pretrained import load_megatron_weights
 from gft_megatron.training.reference import Reference
 from gft_megatron.training.rollouts import RolloutWorkers
 from gft_megatron.training.servers import Servers, find_servers
-from gft_megatron.training.weights import load_hf_weights
+from gft_megatron.training.weights import load_weights
 from gft_megatron.training.workers import build_workers, decoder, open_bank
 
 
@@ -347,11 +347,8 @@ def _load_start(
     """Fill the model with the weights that training starts from."""
     pretrained = config.model.pretrained_checkpoint
     console.info(f"loading {pretrained or hf_folder.path}")
-    if pretrained is None:
-        load_hf_weights(chunks, hf_folder, padded_vocab_size=vocab_size)
-        return
-    for text in load_megatron_weights(chunks, Path(pretrained)):
-        console.warning(text)
+    source = hf_folder if pretrained is None else MegatronWeights(Path(pretrained), hf_folder.shape)
+    load_weights(chunks, source, padded_vocab_size=vocab_size)
 
 
 def _reference(
@@ -373,4 +370,4 @@ def _reference(
         )
     folder.check_weights()
     console.info(f"loading the reference {folder.path}")
-    return Reference(chunks, lambda: load_hf_weights(chunks, folder, padded_vocab_size=vocab_size))
+    return Reference(chunks, lambda: load_weights(chunks, folder, padded_vocab_size=vocab_size))

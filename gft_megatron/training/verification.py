@@ -8,16 +8,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from gft_megatron.config import ModelConfig, ParallelConfig
 from gft_megatron.convert.hf_folder import HfFolder
+from gft_megatron.convert.megatron_weights import MegatronWeights
 from gft_megatron.training.exchange import all_or_none
 from gft_megatron.training.logits import logits_of
 from gft_megatron.training.model import build_chunks, padded_vocab_size, transformer_config
-from gft_megatron.training.pretrained import load_megatron_weights
+from gft_megatron.training.weights import load_weights
 
 _SEED = 20260421  # prompts are the same each time
 
@@ -45,8 +46,8 @@ def compare_logits(
     num_prompts: int,
     prompt_length: int,
     make_vocab_size_divisible_by: int,
-) -> tuple[LogitsCompared, list[str]]:
-    """The comparison and warnings, on every rank; collective over the world.
+) -> LogitsCompared:
+    """The comparison, on every rank; collective over the world.
 
     The transformers model is held whole by one rank, the first of the last pipeline stage.
 
@@ -57,7 +58,7 @@ def compare_logits(
         prompt_length: tokens of a prompt.
 
     Raises:
-        ValueError, CheckpointError: on some rank; FailedElsewhere on the others.
+        ValueError, OSError: on some rank; FailedElsewhere on the others.
     """
     prompt_length = min(prompt_length, folder.shape.max_position_embeddings)
     tp_size = parallel.tensor_model_parallel_size
@@ -71,22 +72,19 @@ def compare_logits(
     generator = torch.Generator().manual_seed(_SEED)
     tokens = torch.randint(folder.shape.vocab_size, (num_prompts, prompt_length), generator=generator)
 
-    def megatron() -> tuple[Tensor | None, list[str]]:
+    def load() -> list[nn.Module]:
         settings = ModelConfig(
             hf_checkpoint=str(folder.path), bf16=bf16, make_vocab_size_divisible_by=make_vocab_size_divisible_by
         )
         config = transformer_config(folder.shape, settings, parallel, {})
+        vocab_size = padded_vocab_size(folder.shape, settings, parallel)
         chunks = build_chunks(
-            folder.shape,
-            config,
-            vocab_size=padded_vocab_size(folder.shape, settings, parallel),
-            max_sequence_length=prompt_length,
-            device=device,
+            folder.shape, config, vocab_size=vocab_size, max_sequence_length=prompt_length, device=device
         )
-        warnings = load_megatron_weights(chunks, checkpoint)
-        return logits_of([chunk.eval() for chunk in chunks], tokens), warnings
+        load_weights(chunks, MegatronWeights(checkpoint, folder.shape), padded_vocab_size=vocab_size)
+        return [chunk.eval() for chunk in chunks]
 
-    logits, warnings = all_or_none(megatron)
+    logits = logits_of(all_or_none(load), tokens)
 
     def compare() -> LogitsCompared | None:
         # Every replica has logits, and all tensor-parallel ranks of its last stage.
@@ -99,7 +97,7 @@ def compare_logits(
     reports: list[LogitsCompared | None] = [None] * dist.get_world_size()
     dist.all_gather_object(reports, all_or_none(compare))
     (report,) = [report for report in reports if report is not None]
-    return report, warnings
+    return report
 
 
 def transformers_logits(folder: HfFolder, tokens: Tensor, dtype: torch.dtype) -> Tensor:  # [b, s] -> [b, s, v]

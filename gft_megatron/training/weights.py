@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from gft_megatron.convert.hf_folder import HfFolder
 from gft_megatron.convert.hf_writer import write_hf_folder
 from gft_megatron.convert.mapping import EXPERT_NUMBER, LAYER_NUMBER, merge_to_hf, tensor_spec
+from gft_megatron.convert.megatron_weights import MegatronWeights
 from gft_megatron.convert.model_shape import ModelShape
 from gft_megatron.training.exchange import on_rank_zero
 from gft_megatron.training.model import gather_updated_parameters, unwrapped
 
 
-def load_hf_weights(chunks: Sequence[nn.Module], folder: HfFolder, *, padded_vocab_size: int) -> None:
+def load_weights(chunks: Sequence[nn.Module], source: HfFolder | MegatronWeights, *, padded_vocab_size: int) -> None:
     """Read this rank's shard of every parameter.
 
     Raises:
@@ -32,8 +33,8 @@ def load_hf_weights(chunks: Sequence[nn.Module], folder: HfFolder, *, padded_voc
     with torch.no_grad():
         for chunk in chunks:
             for name, parameter in global_parameters(chunk):
-                group = _tensor_group(is_expert=tensor_spec(folder.shape, name).is_expert)
-                shard = folder.load_shard(
+                group = _tensor_group(is_expert=tensor_spec(source.shape, name).is_expert)
+                shard = source.load_shard(
                     name, tp_rank=group.rank(), tp_size=group.size(), padded_vocab_size=padded_vocab_size
                 )
                 parameter.copy_(shard)

@@ -25,7 +25,7 @@ from gft_megatron.convert.torch_dist_reader import TorchDistFolder
 from gft_megatron.training import cpu
 from gft_megatron.training import model as models
 from gft_megatron.training.parallel import lay_out, seed_ranks
-from gft_megatron.training.weights import global_parameters, load_hf_weights
+from gft_megatron.training.weights import global_parameters, load_weights
 
 # Newer Megatron-LM saves so: the numbers of layer and expert in the name, gate and up projection apart.
 SINGLETON_LAYOUTS = ("2x2", "2x2x2")
@@ -74,7 +74,7 @@ def run_layout(layout: str, paths: list[Path], out: Path) -> None:
         if not is_for(layout, folder.shape):
             continue
         expected, vocab_size = build(folder, parallel)
-        load_hf_weights([expected], folder, padded_vocab_size=vocab_size)
+        load_weights([expected], folder, padded_vocab_size=vocab_size)
         model, _ = build(folder, parallel)
         check_list(model, path / "megatron" / "release")
         loaded = dist_checkpointing.load(model.sharded_state_dict(), str(path / "megatron" / "release"))

@@ -26,7 +26,7 @@ from gft_megatron.training import cpu
 from gft_megatron.training import model as models
 from gft_megatron.training.logits import logits_of
 from gft_megatron.training.parallel import lay_out, seed_ranks
-from gft_megatron.training.weights import export_hf_folder, load_hf_weights
+from gft_megatron.training.weights import export_hf_folder, load_weights
 
 
 def run_layout(layout: str, paths: list[Path], out: Path) -> None:
@@ -45,7 +45,7 @@ def run_layout(layout: str, paths: list[Path], out: Path) -> None:
         chunks = models.build_chunks(
             folder.shape, config, vocab_size=vocab_size, max_sequence_length=256, device=torch.device("cpu")
         )
-        load_hf_weights(chunks, folder, padded_vocab_size=vocab_size)
+        load_weights(chunks, folder, padded_vocab_size=vocab_size)
         written = out / layout / path.name
         logits = logits_of(chunks, tokens)
         is_first_replica = parallel_state.get_data_parallel_rank() == 0

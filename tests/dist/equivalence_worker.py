@@ -49,7 +49,7 @@ from gft_megatron.training.fused_linear import return_hidden_states
 from gft_megatron.training.micro_batches import pack_for_this_replica
 from gft_megatron.training.optimizer import build_optimizer, build_scheduler
 from gft_megatron.training.parallel import lay_out, seed_ranks
-from gft_megatron.training.weights import export_hf_tensors, load_hf_weights
+from gft_megatron.training.weights import export_hf_tensors, load_weights
 
 LAYOUTS = {
     "one": {},
@@ -127,7 +127,7 @@ def build(parallel: ParallelConfig, folder: HfFolder, settings: OptimizerSetting
     chunks = models.build_chunks(folder.shape, config, vocab_size=vocab_size, max_sequence_length=64, device=device)
     if fused:
         return_hidden_states(chunks, config, {})
-    load_hf_weights(chunks, folder, padded_vocab_size=vocab_size)
+    load_weights(chunks, folder, padded_vocab_size=vocab_size)
     wrapped = models.wrap_in_ddp(chunks, config, parallel, {})
     optimizer = build_optimizer(wrapped, settings, parallel, bf16=False, overrides={})
     return wrapped, optimizer, build_scheduler(optimizer, settings)

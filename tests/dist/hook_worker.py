@@ -38,7 +38,7 @@ from gft_megatron.training import step as steps
 from gft_megatron.training.micro_batches import pack_for_this_replica
 from gft_megatron.training.optimizer import build_optimizer
 from gft_megatron.training.parallel import is_last_stage, lay_out, seed_ranks
-from gft_megatron.training.weights import load_hf_weights
+from gft_megatron.training.weights import load_weights
 
 ROWS = 6  # sequences of a micro-batch
 LENGTH = 40
@@ -79,7 +79,7 @@ def build(folder: HfFolder, parallel: ParallelConfig, *, bf16: bool = False, **o
     chunks = models.build_chunks(
         folder.shape, config, vocab_size=vocab_size, max_sequence_length=64, device=torch.device("cpu")
     )
-    load_hf_weights(chunks, folder, padded_vocab_size=vocab_size)
+    load_weights(chunks, folder, padded_vocab_size=vocab_size)
     return chunks, models.wrap_in_ddp(chunks, config, parallel, {})
 
 

@@ -39,7 +39,7 @@ from gft_megatron.training.micro_batches import pack_for_this_replica
 from gft_megatron.training.optimizer import build_optimizer
 from gft_megatron.training.parallel import lay_out, seed_ranks
 from gft_megatron.training.reference import Reference
-from gft_megatron.training.weights import load_hf_weights
+from gft_megatron.training.weights import load_weights
 
 BY_EXCESS = "sft_go, groups by excess loss"
 ETA = 0.3
@@ -93,8 +93,8 @@ def run_layout(
     vocab_size = models.padded_vocab_size(folder.shape, model_config, parallel)
     device = torch.device("cpu")
     chunks = models.build_chunks(folder.shape, config, vocab_size=vocab_size, max_sequence_length=64, device=device)
-    load_hf_weights(chunks, folder, padded_vocab_size=vocab_size)
-    reference = Reference(chunks, lambda: load_hf_weights(chunks, reference_folder, padded_vocab_size=vocab_size))
+    load_weights(chunks, folder, padded_vocab_size=vocab_size)
+    reference = Reference(chunks, lambda: load_weights(chunks, reference_folder, padded_vocab_size=vocab_size))
     wrapped = models.wrap_in_ddp(chunks, config, parallel, {})
     optimizer = build_optimizer(wrapped, OptimizerSettings(train_iters=1), parallel, bf16=False, overrides={})
     batch = sampled_groups()

@@ -44,7 +44,7 @@ def shape_on_rank(rank, world_size, policy, reference_path, out):
     from gft_megatron.training.prepare import with_kl_in_rewards
     from gft_megatron.training.reference import Reference
     from gft_megatron.training.step import Objective
-    from gft_megatron.training.weights import load_hf_weights
+    from gft_megatron.training.weights import load_weights
 
     init_num_microbatches_calculator(rank, None, 1, 1, 1)
     folder = HfFolder(policy)
@@ -58,8 +58,8 @@ def shape_on_rank(rank, world_size, policy, reference_path, out):
         chunks = models.build_chunks(
             folder.shape, megatron_config, vocab_size=vocab_size, max_sequence_length=64, device=torch.device("cpu")
         )
-        load_hf_weights(chunks, folder, padded_vocab_size=vocab_size)
-        load = functools.partial(load_hf_weights, chunks, HfFolder(reference_path), padded_vocab_size=vocab_size)
+        load_weights(chunks, folder, padded_vocab_size=vocab_size)
+        load = functools.partial(load_weights, chunks, HfFolder(reference_path), padded_vocab_size=vocab_size)
         reference = Reference(chunks, load)
         wrapped = models.wrap_in_ddp(chunks, megatron_config, config.parallel, {})
         recipe = GroupRecipe(

@@ -41,7 +41,7 @@ def peak_of_export(path: Path, tp_size: int, pp_size: int) -> int | None:
     from gft_megatron.training import cpu
     from gft_megatron.training import model as models
     from gft_megatron.training.parallel import lay_out, seed_ranks
-    from gft_megatron.training.weights import export_hf_tensors, load_hf_weights
+    from gft_megatron.training.weights import export_hf_tensors, load_weights
 
     peak_memory = load_program("tools/bench/memory.py").PeakMemory
     cpu.install()
@@ -55,7 +55,7 @@ def peak_of_export(path: Path, tp_size: int, pp_size: int) -> int | None:
     chunks = models.build_chunks(
         folder.shape, config, vocab_size=vocab_size, max_sequence_length=64, device=torch.device("cpu")
     )
-    load_hf_weights(chunks, folder, padded_vocab_size=vocab_size)
+    load_weights(chunks, folder, padded_vocab_size=vocab_size)
 
     async def pack(max_bytes: int) -> None:
         async for _ in buckets(export_hf_tensors(chunks, folder.shape, to_rank_zero=True), max_bytes):

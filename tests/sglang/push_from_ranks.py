@@ -20,7 +20,7 @@ from gft_megatron.training import cpu
 from gft_megatron.training import model as models
 from gft_megatron.training.logits import logits_of
 from gft_megatron.training.parallel import lay_out, seed_ranks
-from gft_megatron.training.weights import export_hf_tensors, load_hf_weights
+from gft_megatron.training.weights import export_hf_tensors, load_weights
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def push_from_ranks(
             max_sequence_length=len(tokens),
             device=torch.device("cpu"),
         )
-        load_hf_weights(chunks, folder, padded_vocab_size=vocab_size)
+        load_weights(chunks, folder, padded_vocab_size=vocab_size)
         logits = logits_of(chunks, torch.tensor([tokens]))
         found: list[object] = [None] * world_size
         dist.all_gather_object(found, None if logits is None else logits[0, :-1, : folder.shape.vocab_size])
