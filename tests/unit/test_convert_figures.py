@@ -32,8 +32,9 @@ TOOL = ROOT / "tools" / "convert_checkpoint.py"
 SHARD = 1_000_000_000
 # ru_maxrss of a child begins with its parent's.
 MEASURED = """
-import re, runpy, sys
+import os, re, runpy, sys
 out, *sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))  # as Python does for a script
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
@@ -92,13 +93,13 @@ def test_memory_and_speed_both_ways(folder: Path, capsys: pytest.CaptureFixture[
     num_bytes = sum(file.stat().st_size for file in (folder / "hf").glob("*.safetensors"))
     largest_shard = max(file.stat().st_size for file in (folder / "hf").glob("*.safetensors"))
     largest_tensor = 151936 * 1536 * 2
-    (folder / "copy.py").write_text(COPY)
+    (folder / "plain_copy.py").write_text(COPY)
     rows = []
     for name, command in {
-        "plain copy": [folder / "copy.py", folder / "hf", folder / "copy"],
+        "plain copy": [folder / "plain_copy.py", folder / "hf", folder / "copy"],
         "hf-to-megatron": [TOOL, "hf-to-megatron", folder / "hf", folder / "megatron"],
         "megatron-to-hf": [TOOL, "megatron-to-hf", folder / "megatron", folder / "back", "--max-shard-bytes", SHARD],
-        "plain copy again": [folder / "copy.py", folder / "hf", folder / "copy"],
+        "plain copy again": [folder / "plain_copy.py", folder / "hf", folder / "copy"],
     }.items():
         (folder / "copy").mkdir(exist_ok=True)
         os.sync()
