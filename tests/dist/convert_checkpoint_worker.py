@@ -7,22 +7,19 @@ Reads DIR/hf and DIR/megatron of each folder; writes OUT/LAYOUT/NAME/iter_000000
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from layouts import by_num_ranks, is_for, parallel_of
+from layouts import is_for, parallel_of, run_layouts
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from torch import nn
-from worlds import run_in_worlds
 
 from gft_megatron.config import ModelConfig, ParallelConfig
 from gft_megatron.convert import HfFolder
 from gft_megatron.convert.torch_dist_reader import TorchDistFolder
-from gft_megatron.training import cpu
 from gft_megatron.training import model as models
 from gft_megatron.training.parallel import lay_out, seed_ranks
 from gft_megatron.training.weights import global_parameters, load_weights
@@ -99,17 +96,5 @@ def run_layout(layout: str, paths: list[Path], out: Path) -> None:
     parallel_state.destroy_model_parallel()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--folders", nargs="+", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--layouts", nargs="+", required=True, help="see layouts.py")
-    arguments = parser.parse_args()
-    cpu.install()
-    torch.set_num_threads(1)
-    jobs = by_num_ranks(arguments.layouts)
-    run_in_worlds(jobs, lambda layout: run_layout(layout, arguments.folders, arguments.out), arguments.out)
-
-
 if __name__ == "__main__":
-    main()
+    run_layouts(run_layout)

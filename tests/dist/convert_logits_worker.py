@@ -8,7 +8,6 @@ Layouts are named as in layouts.py.
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 
@@ -16,13 +15,11 @@ os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # Inductor takes minutes fo
 
 import torch
 import torch.distributed as dist
-from layouts import by_num_ranks, is_for, parallel_of
+from layouts import is_for, parallel_of, run_layouts
 from megatron.core import parallel_state
-from worlds import run_in_worlds
 
 from gft_megatron.config import ModelConfig
 from gft_megatron.convert import HfFolder
-from gft_megatron.training import cpu
 from gft_megatron.training import model as models
 from gft_megatron.training.logits import logits_of
 from gft_megatron.training.parallel import lay_out, seed_ranks
@@ -58,17 +55,5 @@ def run_layout(layout: str, paths: list[Path], out: Path) -> None:
     parallel_state.destroy_model_parallel()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--folders", nargs="+", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--layouts", nargs="+", required=True)
-    arguments = parser.parse_args()
-    cpu.install()
-    torch.set_num_threads(1)
-    jobs = by_num_ranks(arguments.layouts)
-    run_in_worlds(jobs, lambda layout: run_layout(layout, arguments.folders, arguments.out), arguments.out)
-
-
 if __name__ == "__main__":
-    main()
+    run_layouts(run_layout)

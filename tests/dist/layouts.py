@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from worlds import run_in_worlds
+
 from gft_megatron.config import ParallelConfig
 from gft_megatron.convert import ModelShape
+from gft_megatron.training import cpu
 
 
 def has_experts(layout: str) -> bool:
@@ -33,3 +41,16 @@ def by_num_ranks(layouts: list[str]) -> dict[int, list[str]]:
         num_ranks = parallel.pipeline_model_parallel_size * max(parallel.tensor_model_parallel_size, experts)
         jobs.setdefault(num_ranks, []).append(layout)
     return jobs
+
+
+def run_layouts(run_layout: Callable[[str, list[Path], Path], None]) -> None:
+    """The main function of a worker: call `run_layout(layout, folders, out)` on the ranks that each layout wants."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folders", nargs="+", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--layouts", nargs="+", required=True)
+    arguments = parser.parse_args()
+    cpu.install()
+    torch.set_num_threads(1)
+    jobs = by_num_ranks(arguments.layouts)
+    run_in_worlds(jobs, lambda layout: run_layout(layout, arguments.folders, arguments.out), arguments.out)
