@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,6 +73,26 @@ def parse_flags(settings_type: type[Settings], argv: Sequence[str] | None = None
         if not exit_.code:
             raise
         raise ValueError(_first_sentence(complaint.getvalue(), settings_type.__name__)) from None
+
+
+def parse_command(commands: Mapping[str, type[Settings]], *, word: str, prog: str, description: str) -> Settings:
+    """The settings of a program whose first argument picks them; without one, its description and the end.
+
+    Args:
+        commands: by name.
+        word: what the description calls a name, METHOD for one.
+
+    Raises:
+        ValueError: as `parse_flags`; there is no such name.
+        SystemExit: the description was asked for.
+    """
+    name, *flags = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(description.strip())
+        raise SystemExit(0)
+    if name not in commands:
+        raise ValueError(f"{word} is {name!r}; it has to be one of {', '.join(commands)}")
+    return parse_flags(commands[name], flags, prog=f"{prog} {name}")
 
 
 def _read_config_file(argv: list[str]) -> tuple[dict[str, Any], list[str]]:

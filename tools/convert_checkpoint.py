@@ -22,7 +22,7 @@ import tyro
 from conversion import bridge
 from conversion.verify import Unequal, Verify, verify
 
-from gft_megatron.command_line import parse_flags
+from gft_megatron.command_line import parse_command
 from gft_megatron.convert.conversion_plan import Plan
 from gft_megatron.convert.hf_to_megatron import HfToMegatron, plan_hf_to_megatron
 from gft_megatron.convert.inspection import describe
@@ -160,14 +160,8 @@ def _told(plan: Plan) -> list[str]:
 
 
 def main() -> None:
-    name, *flags = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
-        print(__doc__.strip())
-        return
     try:
-        if name not in COMMANDS:
-            raise ValueError(f"COMMAND is {name!r}; it has to be one of {', '.join(COMMANDS)}")
-        settings = parse_flags(COMMANDS[name], flags, prog=f"convert_checkpoint.py {name}")
+        settings = parse_command(COMMANDS, word="COMMAND", prog="convert_checkpoint.py", description=__doc__)
         if isinstance(settings, Inspect):
             for line in describe(settings.path, with_tensors=settings.tensors):
                 print(inert(line))

@@ -12,8 +12,6 @@ scores hold for the tokenizer of --hf-checkpoint only. METHOD --help lists the f
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from scoring.cluster import Cluster
 from scoring.excess import Excess
@@ -22,20 +20,14 @@ from scoring.method import Method
 from scoring.rows import score_file
 from scoring.tfidf import TfIdf
 
-from gft_megatron.command_line import parse_flags
+from gft_megatron.command_line import parse_command
 
 METHODS: dict[str, type[Method]] = {"tfidf": TfIdf, "keep": Keep, "excess": Excess, "cluster": Cluster}
 
 
 def main() -> None:
-    name, *flags = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
-        print(__doc__.strip())
-        return
     try:
-        if name not in METHODS:
-            raise ValueError(f"METHOD is {name!r}; it has to be one of {', '.join(METHODS)}")
-        score_file(parse_flags(METHODS[name], flags, prog=f"score_tokens.py {name}"))
+        score_file(parse_command(METHODS, word="METHOD", prog="score_tokens.py", description=__doc__))
     except torch.OutOfMemoryError:
         raise SystemExit("error: the GPU's memory is full: lower --tokens-per-pass, or give --bf16") from None
     except (ValueError, OSError) as error:
